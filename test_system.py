@@ -8,17 +8,22 @@ The database is the one that the environment names; a scratch database is create
 import collections
 import contextlib
 import decimal
+import http.client
 import io
 import json
 import os
 import random
+import re
+import resource
 import secrets
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import unittest.mock
@@ -90,6 +95,12 @@ def wait_until(condition, what, seconds=20):
     return result
 
 
+def can_bind(port):
+    """Tell whether a port is free."""
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+
+
 def free_port():
     """Return a port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -123,12 +134,111 @@ def named(producer, sequence, user="user1", value=1):
             f'"producerId": "{producer}", "sequence": {sequence}}}\n')
 
 
+def names_in(*logs):
+    """Return the (producer, sequence) of every line of the logs."""
+    return [(event["producerId"], event["sequence"]) for log in logs
+            for event in map(json.loads, Path(log).read_text().split("\n")[:-1])]
+
+
+class Server:
+    """A running server.py with a log of its own."""
+
+    def __init__(self, test, *arguments, log="server-events.jsonl", port=0, script=None, **environment):
+        self.log = test.directory / log
+        self.errors = test.directory / f"stderr-{secrets.token_hex(4)}"
+        if port:
+            wait_until(lambda: can_bind(port), "the port is free")
+        command = [sys.executable, *(script or [HERE / "server.py"]), "--port", str(port), "--log", self.log, *arguments]
+        with open(self.errors, "w") as errors:
+            self.process = subprocess.Popen(command, cwd=test.directory, stdout=subprocess.PIPE, stderr=errors, text=True,
+                                            env=os.environ | environment)
+        test.addCleanup(self.check_and_end, test)
+        self.announcement = self.process.stdout.readline()
+        if not self.announcement:
+            raise AssertionError(f"the server did not start: {self.errors.read_text()}")
+        self.port = int(re.search(r":(\d+),", self.announcement)[1])
+        self.url = f"http://127.0.0.1:{self.port}/liveEvent"
+
+    def check_and_end(self, test):
+        """End the server; whatever was done to it, it must not have printed a traceback."""
+        self.kill()
+        test.assertNotIn("Traceback", self.errors.read_text())
+
+    def workers(self):
+        """Return the workers' process ids."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        if children.exists():
+            return [int(pid) for pid in children.read_text().split()]
+        listing = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True)
+        return [int(pid) for pid in listing.stdout.split()]
+
+    def stop(self, number=signal.SIGTERM):
+        """Ask the server to stop and return its exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(20)
+        self.process.stdout.close()
+        return status
+
+    def kill(self):
+        """SIGKILL the parent, if it lives."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def connect(self):
+        """Return a socket to the server."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def ask(self, method, path, body=None, headers=None):
+        """Return (status, headers, body) of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+    def post(self, body, media="application/json", **headers):
+        """POST a body of events and return (status, decoded answer)."""
+        headers = {"Content-Type": media} | {name.replace("_", "-"): str(value) for name, value in headers.items()}
+        status, _, answer = self.ask("POST", "/liveEvent", body, headers)
+        return status, json.loads(answer)
+
+    def raw(self, *pieces):
+        """Send bytes as they are and return (status, headers, body) of the answer."""
+        with self.connect() as wire:
+            for piece in pieces:
+                wire.sendall(piece)
+            return read_answer(wire)
+
+
+class Answers(io.BufferedReader):
+    """The receiving side of a socket, from which one answer after the other is read."""
+
+    def __init__(self, wire):
+        super().__init__(socket.SocketIO(wire, "r"))
+
+    def makefile(self, _mode):
+        """Stand in for a socket."""
+        return self
+
+    def close(self):
+        """Outlive the answer."""
+
+
 def silence():
     """Return a context in which nothing is printed by this process."""
     stack = contextlib.ExitStack()
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
     stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     return stack
+
+
+def read_answer(wire, method="GET"):
+    """Return (status, headers, body) of the next answer on a socket."""
+    answer = http.client.HTTPResponse(wire, method=method)
+    answer.begin()
+    return answer.status, answer.headers, answer.read()
 
 
 class SystemTest(unittest.TestCase):
@@ -190,6 +300,32 @@ class Pipeline(SystemTest):
                             "-f", HERE / "create_table.sql"], check=True, capture_output=True)
         self.assertRevenue({})
 
+    def test_sums_are_exact(self):
+        server = Server(self)
+        for user, name, value in (("tenths", "add_revenue", "0.1"), ("tenths", "add_revenue", "0.2"),
+                                  ("wide", "add_revenue", "999999999999999999.999999999999999999"),
+                                  ("wide", "subtract_revenue", "0.000000000000000001"),
+                                  ("debtor", "subtract_revenue", "999999999999999999.999999999999999999")):
+            self.assertEqual(server.post(f'{{"userId": "{user}", "name": "{name}", "value": {value}}}')[0], 200)
+        self.processor()
+        for user, revenue in (("tenths", "0.3"), ("wide", "999999999999999999.999999999999999998"),
+                              ("debtor", "-999999999999999999.999999999999999999")):
+            self.assertEqual(server.ask("GET", f"/userEvents/{user}")[2].decode(),
+                             f'{{"userId": "{user}", "revenue": {revenue}}}')
+
+    def test_users_are_told_apart_by_every_character(self):
+        server = Server(self)
+        users = ["user1", "User1", " user1", "a/b", "a%2Fb", "a+b", "100%", "юзер", "\U0001f600", '"', "\\", "a\u2028b",
+                 "\x7f", "x" * 255]
+        batch = "".join(json.dumps({"userId": user, "name": "add_revenue", "value": i}) + "\n"
+                        for i, user in enumerate(users))
+        self.assertEqual(server.post(batch, "application/x-ndjson"),
+                         (200, {"message": "Events received", "accepted": len(users), "rejected": []}))
+        self.processor()
+        for i, user in enumerate(users):
+            status, _, body = server.ask("GET", "/userEvents/" + "".join(f"%{byte:02X}" for byte in user.encode()))
+            self.assertEqual((status, json.loads(body)), (200, {"userId": user, "revenue": i}))
+
     def test_a_plain_log_is_applied_once_and_so_is_what_is_appended_to_it(self):
         log = write_events(self.path("plain.jsonl"), 100)
         for _ in range(2):
@@ -213,20 +349,6 @@ class Pipeline(SystemTest):
         log.write_bytes(first * 50 + log.read_bytes())  # whatever is shifted behind the position
         self.processor(log, status=1)
         self.assertRevenue(expected | {"new": 5})
-
-    def test_the_processor_reports_bad_lines_once_and_applies_the_rest(self):
-        lines = [EVENT + b"\n", b'{"userId": "user1"}\n', b"\xff\n", b"\n", EVENT + b"\n", b"x" * 300_000 + b"\n", EVENT + b"\n",
-                 EVENT]
-        log = self.path("server-events.jsonl", b"".join(lines))
-        output, errors = self.processor(status=1)
-        self.assertEqual(output, f"server-events.jsonl: 3 applied, 0 repeated, 3 rejected; {len(EVENT)} bytes of an "
-                                 "unfinished last line left\n")
-        starts = [sum(map(len, lines[:i])) for i in (1, 2, 5)]
-        self.assertEqual([line.split(": ")[:2] for line in errors.splitlines()],
-                         [["server-events.jsonl", f"byte {start}"] for start in starts])
-        self.assertEqual(log.read_bytes(), b"".join(lines))
-        self.assertEqual(self.processor()[1], "")
-        self.assertRevenue({"user1": 3})
 
     def test_ctrl_c_ends_the_processor_quietly_even_while_it_waits_for_the_database(self):
         log = self.path("log", EVENT + b"\n")
@@ -268,6 +390,44 @@ class Pipeline(SystemTest):
         _, errors = self.processor(status=1)
         self.assertIn("server-events.jsonl: no such file; start server.py", errors)
 
+    def test_without_a_database_events_are_taken_and_everyone_is_told(self):
+        nowhere = {"DATABASE_URL": f"postgresql://localhost:{free_port()}/nowhere"}
+        server = Server(self, **nowhere)
+        self.assertEqual(server.post(EVENT)[0], 200)
+        status, headers, _ = server.ask("GET", "/userEvents/user1")
+        self.assertEqual((status, headers["Retry-After"]), (503, "2"))
+        self.assertEqual(server.ask("GET", "/health")[0], 200)
+        _, errors = self.processor(status=1, **nowhere)
+        self.assertEqual(errors.count("\n"), 1)
+        self.assertIn("Start PostgreSQL", errors)
+        self.assertEqual(len(names_in(server.log)), 1)
+
+    def test_a_database_that_hangs_starves_no_post(self):
+        server = Server(self, "--workers", "1")
+        self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
+        blocker = psycopg2.connect(os.environ["DATABASE_URL"])
+        with contextlib.closing(blocker), blocker.cursor() as sql:
+            sql.execute("LOCK TABLE users_revenue")
+            waiting = [threading.Thread(target=server.ask, args=["GET", "/userEvents/user1"]) for _ in range(20)]
+            for thread in waiting:
+                thread.start()
+            self.assertEqual(server.post(EVENT)[0], 200)
+            self.assertTrue(all(thread.is_alive() for thread in waiting))
+            self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 503)
+            for thread in waiting:
+                thread.join()
+        wait_until(lambda: server.ask("GET", "/userEvents/user1")[0] == 404, "the database answers again")
+
+    def test_before_the_tables_exist_a_user_is_unknown_and_the_processor_creates_them(self):
+        query("DROP TABLE users_revenue, event_producers, event_logs")
+        server = Server(self)
+        self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
+        server.post(EVENT)
+        processors = [self.start("data_processor.py") for _ in range(4)]
+        for processor in processors:
+            self.assertEqual(processor.wait(20), 0, processor.stderr.read())
+        self.assertRevenue({"user1": 1})
+
     def test_a_revenue_column_that_would_round_is_refused_and_a_kept_table_is_added_to(self):
         log = self.path("log", EVENT + b"\n")
         for kind in ("double precision", "numeric(10, 2)", "bigint"):
@@ -289,6 +449,42 @@ def terminate_backends():
 
 class ExactlyOnce(SystemTest):
     """Whatever is killed, retried, run again or copied in between."""
+
+    def test_when_the_parent_is_killed_its_workers_end_and_the_port_is_free(self):
+        server = Server(self, "--workers", "3")
+        workers = server.workers()
+        self.assertEqual(len(workers), 3)
+        idle = server.connect()
+        self.addCleanup(idle.close)
+        server.kill()
+
+        wait_until(lambda: can_bind(server.port) and not any(map(alive, workers)), "port and workers are gone", seconds=1)
+
+    def test_a_worker_that_dies_is_replaced(self):
+        server = Server(self, "--workers", "2")
+        victim = server.workers()[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len(server.workers()) == 2 and victim not in server.workers(), "there are two workers")
+        for _ in range(8):
+            self.assertEqual(server.post(EVENT)[0], 200)
+
+    def test_one_request_to_two_servers_counts_once_in_whatever_order_logs_are_processed(self):
+        one, two = Server(self, log="one"), Server(self, log="two")
+        for server, first in ((one, 1), (two, 1), (one, 2), (two, 3)):
+            body = b"".join(EVENT.replace(b"user1", b"user%d" % sequence) + b"\n" for sequence in (first, first + 1))
+            self.assertEqual(server.post(body, "application/x-ndjson", Producer_Id="sender", Sequence=first)[0], 200)
+        logs = [one.log, two.log]
+        both = one.log.read_bytes() + two.log.read_bytes()
+        lines = both.splitlines(keepends=True)
+        orders = [[logs[0], logs[1]], [logs[1], logs[0]], [self.path("both", both), *logs],
+                  [self.path("head", b"".join(lines[:5])), self.path("again", both + both), logs[1], logs[0]],
+                  [self.path("reversed", b"".join(reversed(lines)))], [logs[0], self.path("copy", both), logs[1]]]
+        for order in orders:
+            query("TRUNCATE users_revenue, event_producers, event_logs")
+            for log in order:
+                self.processor(log)
+            self.processor(*order)
+            self.assertRevenue({f"user{sequence}": 1 for sequence in (1, 2, 3, 4)})
 
     def test_two_logs_of_one_producer_processed_at_the_same_moment_count_once(self):
         for attempt in range(3):
@@ -375,6 +571,305 @@ class ExactlyOnce(SystemTest):
         log.write_text(named("p", 1) + content.partition("\n")[2].replace("user1", "User1") + named("p", 2001))
         self.processor(log)
         self.assertRevenue({"user1": 2001})
+
+
+def alive(pid):
+    """Tell whether a process runs (a zombie does not)."""
+    if Path("/proc/self/stat").exists():
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return state.strip()[:1] not in ("", "Z")
+
+
+def request(method="POST", target="/liveEvent", *fields, body=b"", version="1.1", host="127.0.0.1", media="application/json",
+            length=True):
+    """Return the bytes of a request with the usual fields and those that are given."""
+    lines = [f"{method} {target} HTTP/{version}"]
+    lines += [f"Host: {host}"] * (host is not None) + [f"Content-Type: {media}"] * bool(media)
+    lines += [f"Content-Length: {len(body)}"] * (length and bool(body))
+    return "\r\n".join([*lines, *fields, "", ""]).encode("latin-1") + body
+
+
+def chunked(*chunks, end=b"0\r\n\r\n"):
+    """Return a request whose body is sent in chunks."""
+    return request("POST", "/liveEvent", "Transfer-Encoding: chunked") + b"".join(
+        b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + end
+
+
+class Http(SystemTest):
+    """Requests as bytes, answers by status."""
+
+    def assertStatus(self, server, status, *pieces):
+        """Check an answer's status and shape, and return (headers, decoded body)."""
+        answer, headers, body = server.raw(*pieces)
+        self.assertEqual((answer, headers.get_content_type()), (status, "application/json"), (pieces[0][:100], body))
+        body = json.loads(body)
+        if status >= 400:
+            self.assertEqual(list(body), ["error"])
+        return headers, body
+
+    def test_requests_that_are_fine(self):
+        server = Server(self)
+        for pieces in ([request(body=EVENT)], [chunked(EVENT)], [chunked(EVENT[:10], EVENT[10:])],
+                       [chunked(EVENT, end=b"0;x=y\r\nX-Trailer: 1\r\n\r\n")], [chunked(EVENT, end=b"000\r\n\r\n")],
+                       [request("POST", "/liveEvent", "Transfer-Encoding: Chunked") + b"%X ; a=\"b\"\r\n" % len(EVENT) + EVENT
+                        + b"\r\n0\r\n\r\n"],
+                       [request(body=EVENT, media="Application/JSON; charset=utf-8")],
+                       [request("POST", "/liveEvent?query", body=EVENT)],
+                       [request("POST", "http://LOCALHOST:1/liveEvent", body=EVENT, host="elsewhere")],
+                       [b"\r\n" + request(body=EVENT)], [request(body=EVENT, version="1.0")],
+                       [request("POST", "/liveEvent", "Accept: a", "Accept: b", "X-Empty:", "Connection: close", body=EVENT)],
+                       [bytes([byte]) for byte in request(body=EVENT)],
+                       [request(body=b"\r\n{\r\n" + EVENT[1:-1] + b"\n}\n")]):
+            self.assertStatus(server, 200, *pieces)
+        self.assertStatus(server, 200, request("POST", "/liveEvent", "Content-Length: " + "0" * 5000 + str(len(EVENT))) + EVENT)
+        self.assertEqual(len(names_in(server.log)), 15)
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "[::1]"):
+            self.assertStatus(server, 200, request("GET", "/health", host=host))
+
+    def test_malformed_requests_are_refused_and_none_of_them_is_logged(self):
+        server = Server(self)
+        length = f"Content-Length: {len(EVENT)}"
+        bad = {400: [
+            request(body=EVENT, length=False) + EVENT for _ in ()] + [
+            request("POST", "/liveEvent", f"Content-Length: {value}", length=False) + EVENT
+            for value in ("+5", "-1", "5" * 4400 + "x", "5_0", "\u0663".encode().decode("latin-1"), "0x5", "5, 5", "", "5 5", "1e1", "5;")] + [
+            request("POST", "/liveEvent", *fields) + EVENT for fields in (
+                [length, length], [length, "Content-Length: 7"], [length, "Transfer-Encoding: chunked"],
+                ["Transfer-Encoding: gzip"], ["Transfer-Encoding: gzip, chunked"], ["Transfer-Encoding: chunked, chunked"],
+                ["Transfer-Encoding: identity"], ["Transfer-Encoding:"], ["Transfer-Encoding: chunked"] * 2,
+                ["Transfer-Encoding : chunked"], ["Transfer-Encoding: xchunked"], [length, " folded"], [length, "\tfolded"],
+                [length, "no colon"], [length, ": no name"], [length, "sp ace: x"], [length, "X: a\rb"], [length, "X: a\0b"],
+                [length, "X\0: a"], [length, "X: a\nTransfer-Encoding: chunked"], [length, "Host: 127.0.0.1"],
+                [length, "Authorization: a", "Authorization: b"], [length, "Content-Type: application/json"],
+                [length, "n\u00e4me: x"], [length, "Producer-Id: p"], [length, "Sequence: 1"],
+                *([length, f"Producer-Id: {producer}", f"Sequence: {sequence}"] for producer, sequence in (
+                    ("", 1), ("p" * 65, 1), ("p p", 1), ("p.", 1), ("\u00e4", 1), ("p", 0), ("p", -1), ("p", "+1"),
+                    ("p", 2**53), ("p", "1.0"), ("p", ""), ("p", "\u00b2"))))] + [
+            chunked(EVENT).replace(b"Transfer", b"X: \r\r\nTransfer", 1),
+            *(request("POST", "/liveEvent", "Transfer-Encoding: chunked") + size + b"\r\n" + EVENT + b"\r\n0\r\n\r\n"
+              for size in (b"-36", b"+36", b"0x36", b"3_6", b"", b"g", b" 36", b"36\0", b"36;\0", b"36;a\rb")),
+            chunked(EVENT, end=b"0\n\n"), chunked(EVENT, end=b"0\r\nno colon\r\n\r\n"),
+            request("POST", "/liveEvent", "Transfer-Encoding: chunked") + b"35\r\n" + EVENT + b"\r\n0\r\n\r\n",
+            request("POST", "/liveEvent", "Transfer-Encoding: chunked", version="1.0") + b"36\r\n" + EVENT + b"\r\n0\r\n\r\n",
+            request(body=EVENT, host=None), b"GET /health\r\n\r\n", b"GET\r\n\r\n", b"GET /health HTTP/1.1\n\n",
+            b"GET  /health HTTP/1.1\r\n\r\n", b"GET /health HTTP/1.1 \r\n\r\n", b"GET /hea lth HTTP/1.1\r\n\r\n",
+            b"GET /health http/1.1\r\n\r\n", b"G\xcbT /health HTTP/1.1\r\n\r\n", b"\0\r\n\r\n", b"\r\n\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nHost: localhost\n\r\n", request("GET", "/userEvents/%zz"), request("GET", "/userEvents/%FF"),
+            request(body=b"{}"), request(body=b"", length=False).replace(b"\r\n\r\n", b"\r\nContent-Length: 0\r\n\r\n")],
+            404: [request("GET", "/"), request("POST", "/liveEvents", body=EVENT), request("POST", "/liveEvent/", body=EVENT),
+                  request("GET", "/userEvents/nobody"), request("GET", "/userEvents/%00"), request("GET", "/userEvents"),
+                  request("OPTIONS", "*"), request("CONNECT", "localhost:80")],
+            411: [request()],
+            413: [request("POST", "/liveEvent", f"Content-Length: {n}") for n in (2**20 + 1, 10**30, "9" * 10_000,
+                                                                                          "1" + "0" * 4000)] + [
+                chunked(*[b"x" * 65536] * 17), request("POST", "/liveEvent", "Transfer-Encoding: chunked") + b"f" * 15 + b"\r\n",
+                request(body=b"\n" * 10_001, media="application/x-ndjson")],
+            414: [b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n"],
+            415: [request(body=EVENT, media=media) for media in (None, "text/plain", "application/jsonx",
+                                                                 "application/x-www-form-urlencoded")],
+            417: [request("POST", "/liveEvent", "Expect: miracles", body=EVENT)],
+            421: [request(body=EVENT, host=host) for host in ("example.com", "localhost.example.com", "127.0.0.1.example.com",
+                                                              "127.0.0.1@example.com", "[::2]", "", "localhost:x", "0.0.0.0")],
+            431: [request("POST", "/liveEvent", *[f"X-{i}: x" for i in range(300)], body=EVENT),
+                  request("POST", "/liveEvent", "X: " + "x" * 70_000, body=EVENT),
+                  request("POST", "/liveEvent", *[f"X-{i}: " + "x" * 8000 for i in range(20)], body=EVENT)],
+            505: [b"GET /health HTTP/2.0\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]}
+        for status, requests in bad.items():
+            for sent in requests:
+                self.assertStatus(server, status, sent)
+        self.assertEqual(server.log.read_bytes(), b"")
+        self.assertStatus(server, 200, request(body=EVENT))
+
+    def test_every_method_on_every_path(self):
+        server = Server(self)
+        allowed = {"/liveEvent": "POST, OPTIONS", "/health": "GET", "/userEvents/user1": "GET", "/other": None}
+        for path, methods in allowed.items():
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"):
+                if methods and method in methods.split(", "):
+                    continue
+                with server.connect() as wire:
+                    wire.sendall(request(method, path, body=b"" if method == "HEAD" else EVENT))
+                    status, headers, body = read_answer(wire, method)
+                self.assertEqual((status, headers["Allow"]), (405, methods) if methods else (404, None), (method, path))
+                self.assertEqual(bool(body), method != "HEAD")
+        status, headers, body = server.ask("OPTIONS", "/liveEvent")
+        self.assertEqual((status, headers["Allow"], headers["Accept-Post"], body),
+                         (204, "POST, OPTIONS", "application/json, application/x-ndjson", b""))
+        self.assertEqual(server.log.read_bytes(), b"")
+
+    def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(self):
+        server = Server(self)
+        with server.connect() as wire:
+            wire.sendall(request(body=EVENT) * 2 + request("GET", "/health") + request("GET", "/other") + chunked(EVENT)
+                         + request("GET", "/health", "Connection: close") + request(body=EVENT))
+            answers = Answers(wire)
+            self.assertEqual([read_answer(answers)[0] for _ in range(6)], [200, 200, 200, 404, 200, 200])
+            self.assertEqual(answers.read(), b"")
+        self.assertEqual(len(names_in(server.log)), 3)
+
+    def test_an_unread_body_is_never_taken_for_a_request(self):
+        server = Server(self)
+        smuggled = request(body=EVENT)
+        for method, path, media in (("POST", "/other", "application/json"), ("GET", "/health", None), ("PUT", "/liveEvent", None),
+                                    ("POST", "/liveEvent", "text/plain")):
+            with server.connect() as wire:
+                wire.sendall(request(method, path, body=smuggled, media=media) + smuggled)
+                _, headers, _ = read_answer(wire)
+                self.assertEqual(headers["Connection"], "close")
+                self.assertEqual(wire.recv(1), b"")
+        self.assertEqual(server.log.read_bytes(), b"")
+
+    def test_a_refusal_is_seen_although_a_large_body_is_on_its_way(self):
+        server = Server(self, EVENTS_AUTHORIZATION="secret")
+        body = b"x" * 3_000_000
+        for status, fields in ((401, []), (413, ["Authorization: secret"])):
+            for _ in range(5):
+                self.assertStatus(server, status, request("POST", "/liveEvent", *fields, body=body))
+            with server.connect() as wire:
+                head, _, _ = request("POST", "/liveEvent", *fields, body=body).partition(body)
+                wire.sendall(head)
+                select.select([wire], [], [], 20)  # the answer is there, and the sender does not look yet
+                for start in range(0, len(body), 100_000):
+                    wire.sendall(body[start:start + 100_000])
+                self.assertEqual(read_answer(wire)[0], status)
+
+    def test_a_body_is_asked_for_only_when_it_is_wanted(self):
+        server = Server(self)
+        expect = "Expect: 100-continue"
+        for status, sent in ((415, request("POST", "/liveEvent", expect, "Content-Length: 5", media="text/plain")),
+                             (413, request("POST", "/liveEvent", expect, f"Content-Length: {2**20 + 1}")),
+                             (404, request("POST", "/x", expect, "Content-Length: 5")),
+                             (400, request("POST", "/liveEvent", expect, "Content-Length: 5", "Sequence: 1"))):
+            with server.connect() as wire:
+                wire.sendall(sent)
+                self.assertTrue(wire.recv(65536).startswith(b"HTTP/1.1 %d " % status))
+        with server.connect() as wire:
+            wire.sendall(request("POST", "/liveEvent", expect, f"Content-Length: {len(EVENT)}"))
+            self.assertEqual(wire.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
+            wire.sendall(EVENT)
+            self.assertEqual(read_answer(wire)[0], 200)
+
+    def test_access_with_a_secret(self):
+        for secret in ("secret", "Bearer s\u00e9cret"):
+            server = Server(self, "--host", "0.0.0.0", EVENTS_AUTHORIZATION=secret, log="log" + secrets.token_hex(4))
+            right = "Authorization: " + secret.encode().decode("latin-1")
+            for fields in ([], ["Authorization: "], ["Authorization: Secret"], ["Authorization: secrets"], [right + "x"]):
+                for method, path in (("POST", "/liveEvent"), ("GET", "/userEvents/user1"), ("OPTIONS", "/liveEvent"), ("GET", "/x")):
+                    self.assertStatus(server, 401, request(method, path, *fields, body=EVENT, host="example.com"))
+            self.assertEqual(server.log.read_bytes(), b"")
+            self.assertStatus(server, 200, request("GET", "/health", host="example.com"))
+            self.assertStatus(server, 404, request("GET", "/userEvents/user1", right, host="example.com"))
+            self.assertStatus(server, 200, request("POST", "/liveEvent", right, body=EVENT, host="example.com"))
+
+    def test_without_a_secret_the_server_listens_on_loopback_alone(self):
+        for secret in (None, ""):
+            for host in ("0.0.0.0", "::", ""):
+                _, errors = self.run_script("server.py", "--host", host, "--port", 0, status=1,
+                                            **({} if secret is None else {"EVENTS_AUTHORIZATION": secret}))
+                self.assertIn("EVENTS_AUTHORIZATION", errors)
+                self.assertEqual(errors.count("\n"), 1)
+
+    def test_a_port_in_use_and_an_unwritable_log_are_said_in_a_line(self):
+        server = Server(self)
+        for arguments, words in ((["--port", server.port], "Address already in use"),
+                                 (["--port", 0, "--log", self.directory / "none" / "log"], "No such file or directory"),
+                                 (["--port", 0, "--log", self.directory], "Is a directory")):
+            _, errors = self.run_script("server.py", *arguments, status=1)
+            self.assertIn(words, errors)
+            self.assertEqual(errors.count("\n"), 1)
+        self.run_script("server.py", "--workers", 0, status=2)
+
+    def test_a_request_as_node_streams_it(self):
+        server = Server(self, EVENTS_AUTHORIZATION="secret")
+        self.assertStatus(server, 200, b"POST /liveEvent HTTP/1.1\r\nContent-Type: application/json\r\nAuthorization: secret\r\n"
+                          b"Host: localhost:8000\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n",
+                          b"%x\r\n" % len(EVENT), EVENT, b"\r\n", b"0\r\n\r\n")
+        self.assertEqual(len(names_in(server.log)), 1)
+
+    def test_a_thousand_connections_at_once_are_served(self):
+        server = Server(self)
+        wires = []
+        with contextlib.ExitStack() as stack:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            for _ in range(1000):
+                wires.append(stack.enter_context(server.connect()))
+            for wire in wires:
+                wire.sendall(request(body=EVENT))
+            self.assertEqual({read_answer(wire)[0] for wire in wires}, {200})
+        self.assertEqual(len(set(names_in(server.log))), 1000)
+
+    def test_a_peer_that_vanishes_at_any_stage_leaves_no_trace(self):
+        server = Server(self)
+        whole = chunked(EVENT)
+        for end in range(0, len(whole), 3):
+            for linger in (b"\0" * 8, b"\1\0\0\0\0\0\0\0"):  # a plain close, and a reset
+                with server.connect() as wire:
+                    wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    wire.sendall(whole[:end])
+        with server.connect() as wire:
+            wire.sendall(whole[:-1])
+            wire.shutdown(socket.SHUT_WR)
+            self.assertEqual(wire.recv(1), b"")
+        self.assertEqual(server.log.read_bytes(), b"")
+        self.assertStatus(server, 200, whole)
+
+    def test_a_slow_request_and_an_idle_connection_are_cut_off(self):
+        script = ["-c", "import sys, server; server.REQUEST_SECONDS = 1; server.DRAIN_SECONDS = 1; "
+                        "sys.path[0] = ''; sys.exit(server.main())"]
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
+            server = Server(self, script=script)
+        with server.connect() as idle, server.connect() as slow, server.connect() as deaf:
+            deaf.sendall(request("POST", "/liveEvent", f"Content-Length: {2**20 + 1}"))
+            for byte in request(body=EVENT)[:-1]:
+                slow.sendall(bytes([byte]))
+                if select.select([slow], [], [], 0.05)[0]:
+                    break
+            self.assertEqual(read_answer(slow)[0], 408)
+            self.assertEqual(idle.recv(1), b"")
+            read_answer(deaf)
+            self.assertEqual(deaf.recv(1), b"")
+
+    def test_batches(self):
+        server = Server(self)
+        lines = [EVENT, b"", b"{", EVENT + b"\r", b" \t\r", EVENT.replace(b"1}", b"NaN}")]
+        for producer in ({}, {"Producer_Id": "p", "Sequence": 2**53 - 6}):
+            status, answer = server.post(b"\n".join(lines), "application/x-ndjson", **producer)
+            self.assertEqual((status, answer["message"], answer["accepted"]), (200, "Events received", 2))
+            self.assertEqual([entry["line"] for entry in answer["rejected"]], [3, 6])
+        self.assertEqual([sequence for _, sequence in names_in(server.log)][2:], [2**53 - 6, 2**53 - 3])
+        self.assertEqual(server.post(EVENT + b"\n" + EVENT, "application/x-ndjson", Producer_Id="p", Sequence=2**53 - 1)[0], 400)
+        self.assertEqual(server.post(b"", "application/x-ndjson")[1]["accepted"], 0)
+        self.assertEqual(server.post((EVENT + b"\n") * 10_000, "application/x-ndjson")[1]["accepted"], 10_000)
+        for _ in range(10):  # whichever worker takes it
+            server.post(b"\n".join(lines), "application/x-ndjson")
+            server.post(EVENT)
+        names = names_in(server.log)[2:]
+        self.assertEqual(len(set(names)), len(names))
+
+    def test_the_log_holds_the_text_as_received_with_the_stamp_behind_it(self):
+        server = Server(self)
+        text = '{"userId":"\u2028\u0085\\u00e9",\r\n "extra": [1.50, {}],"name" :"add_revenue","value":1.50}'.encode()
+        server.post(b"\n" + text + b" \r\n", Producer_Id="p", Sequence=7)
+        server.post(EVENT)
+        first, second = server.log.read_bytes().split(b"\n")[:-1]
+        self.assertRegex(first, re.escape(b" " + text.replace(b"\r\n", b"  ")[:-1])
+                         + rb', "log": "[0-9a-f]{32}", "producerId": "p", "sequence": 7}')
+        self.assertRegex(second, re.escape(EVENT[:-1]) + rb', "producerId": "[A-Za-z0-9_-]{22}", "sequence": 1}')
+
+
+def valued(value):
+    """Return an event with a value as it is written."""
+    return b'{"userId": "user1", "name": "add_revenue", "value": %b}' % value.encode()
+
+
+def users(user):
+    """Return an event with a userId as it is written."""
+    return b'{"userId": %b, "name": "add_revenue", "value": 1}' % (user if isinstance(user, bytes) else user.encode())
 
 
 class Properties(SystemTest):
