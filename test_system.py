@@ -8,7 +8,10 @@ The database is the one that the environment names; a scratch database is create
 import collections
 import contextlib
 import decimal
+import fcntl
+import hashlib
 import http.client
+import http.server
 import io
 import json
 import os
@@ -293,6 +296,19 @@ class SystemTest(unittest.TestCase):
 class Pipeline(SystemTest):
     """From file to database."""
 
+    def test_the_sample_events_give_50_and_200_and_twice_that_when_they_are_sent_again(self):
+        server = Server(self)
+        shutil.copy(HERE / "events.jsonl", self.directory)
+        for times in (1, 2):
+            self.client("--url", server.url)
+            self.processor()
+            output, _ = self.processor()
+            self.assertIn("0 applied, 0 repeated, 0 rejected", output)
+            for user, revenue in (("user1", 50), ("user2", 200)):
+                status, _, body = server.ask("GET", f"/userEvents/{user}")
+                self.assertEqual((status, body.decode()),
+                                 (200, f'{{"userId": "{user}", "revenue": {revenue * times}}}'))
+
     def test_create_table_sql_runs_in_psql_and_runs_again(self):
         query("DROP TABLE users_revenue, event_producers, event_logs")
         for _ in range(2):
@@ -349,6 +365,78 @@ class Pipeline(SystemTest):
         log.write_bytes(first * 50 + log.read_bytes())  # whatever is shifted behind the position
         self.processor(log, status=1)
         self.assertRevenue(expected | {"new": 5})
+
+    def test_the_client_reports_and_collects_bad_lines_and_delivers_the_rest(self):
+        server = Server(self)
+        bad = [b"nonsense\n", b'{"userId": "user1", "name": "add_revenue", "value": "1"}\n']
+        events = self.path("events.jsonl", EVENT + b"\n" + bad[0] + b"\n" + EVENT + b"\r\n" + bad[1] + EVENT)
+        self.path("events.jsonl.rejected", "older")
+        output, errors = self.client("--url", server.url, "--batch-size", 2, status=1)
+        self.assertIn("3 events accepted, 2 rejected", output)
+        self.assertIn("events.jsonl:2: not JSON", errors)
+        self.assertIn("events.jsonl:5: value must be a number\n", errors)
+        self.assertEqual(self.path("events.jsonl.rejected").read_bytes(), b"".join(bad))
+        self.assertEqual(sorted(path.name for path in self.directory.glob("events.jsonl*")),
+                         ["events.jsonl", "events.jsonl.rejected"])
+        self.assertEqual(sorted(sequence for _, sequence in names_in(server.log)), [1, 4, 6])
+        self.assertEqual(events.read_bytes().count(b"\n"), 5)
+
+    def test_the_processor_reports_bad_lines_once_and_applies_the_rest(self):
+        lines = [EVENT + b"\n", b'{"userId": "user1"}\n', b"\xff\n", b"\n", EVENT + b"\n", b"x" * 300_000 + b"\n", EVENT + b"\n",
+                 EVENT]
+        log = self.path("server-events.jsonl", b"".join(lines))
+        output, errors = self.processor(status=1)
+        self.assertEqual(output, f"server-events.jsonl: 3 applied, 0 repeated, 3 rejected; {len(EVENT)} bytes of an "
+                                 "unfinished last line left\n")
+        starts = [sum(map(len, lines[:i])) for i in (1, 2, 5)]
+        self.assertEqual([line.split(": ")[:2] for line in errors.splitlines()],
+                         [["server-events.jsonl", f"byte {start}"] for start in starts])
+        self.assertEqual(log.read_bytes(), b"".join(lines))
+        self.assertEqual(self.processor()[1], "")
+        self.assertRevenue({"user1": 3})
+
+    def test_rotation_under_load_loses_nothing_and_the_processor_finds_the_rotated_logs(self):
+        server = Server(self)
+        events = write_events(self.path("events.jsonl"), 30_000)
+        client = self.start("client.py", "--url", server.url, "--batch-size", 20)
+        for number in range(1, 8):
+            wait_until(lambda: server.log.exists() and server.log.stat().st_size > 100_000 or client.poll() is not None,
+                       "the log grew")
+            if server.log.exists():
+                server.log.rename(self.path(f"server-events.jsonl.{number}"))
+        self.assertEqual(client.communicate()[0][:22], "30,000 events accepted")
+        logs = sorted(self.directory.glob("server-events.jsonl*"))
+        self.assertGreater(len(logs), 5)
+        self.assertEqual(len({log.read_text().partition("\n")[0] for log in logs}), len(logs))
+        self.path("server-events.jsonl.0.gz", b"left alone")
+        _, errors = self.processor()
+        self.assertEqual(errors, "server-events.jsonl.0.gz: compressed, left alone.\n")
+        self.assertRevenue(oracle(events))
+
+    def test_follow_applies_new_events_through_rotations_and_outages_until_it_is_told_to_stop(self):
+        server = Server(self)
+        follower = self.start("data_processor.py", "--follow", "server-events.jsonl")
+
+        def revenue():
+            return query("SELECT revenue FROM users_revenue")
+        server.post(EVENT)
+        wait_until(lambda: revenue() == [(1,)], "the first event was applied")
+        server.post(EVENT)
+        server.log.rename(self.path("renamed"))
+        server.post(EVENT)
+        wait_until(lambda: revenue() == [(3,)], "both logs were read")
+        follower.send_signal(signal.SIGSTOP)
+        for number in (1, 2):  # two rotations while nobody looks
+            server.log.rename(self.path(f"server-events.jsonl.{number}"))
+            server.post(EVENT)
+        follower.send_signal(signal.SIGCONT)
+        wait_until(lambda: revenue() == [(5,)], "all logs were read")
+        terminate_backends()
+        server.post(EVENT)
+        wait_until(lambda: revenue() == [(6,)], "the connection was made again")
+        follower.terminate()
+        self.assertEqual(follower.wait(10), 0)
+        self.assertNotIn("Traceback", follower.stderr.read())
 
     def test_ctrl_c_ends_the_processor_quietly_even_while_it_waits_for_the_database(self):
         log = self.path("log", EVENT + b"\n")
@@ -450,6 +538,46 @@ def terminate_backends():
 class ExactlyOnce(SystemTest):
     """Whatever is killed, retried, run again or copied in between."""
 
+    def test_a_killed_client_is_continued_through_a_restart_of_the_server(self):
+        server = Server(self)
+        events = write_events(self.path("events.jsonl"), 100_000)
+        client = self.start("client.py", "--url", server.url)
+        wait_until(lambda: server.log.exists() and server.log.stat().st_size > 3_000_000, "the client is half way")
+        client.kill()
+        client.wait()
+        self.assertTrue(self.path("events.jsonl.delivery").exists(), "the client was killed too late")
+        server.kill()
+        server = Server(self, port=server.port)
+        _, errors = self.client("--url", server.url)
+        self.assertIn("going on", errors)
+        self.assertFalse(self.path("events.jsonl.delivery").exists())
+        names = names_in(server.log)
+        self.assertEqual({(names[0][0], line) for line in range(1, 100_001)}, set(names))
+        self.assertGreater(len(names), 100_000)
+        output, _ = self.processor()
+        self.assertIn(f"100,000 applied, {len(names) - 100_000:,} repeated", output)
+        self.assertRevenue(oracle(events))
+
+    def test_processors_at_once_one_of_them_killed_and_the_backend_of_one_terminated(self):
+        server = Server(self)
+        events = write_events(self.path("events.jsonl"), 100_000)
+        self.client("--url", server.url)
+        lines = server.log.read_text().splitlines(keepends=True)
+        logs = [server.log, self.path("reversed", "".join(reversed(lines))), self.path("second half", "".join(lines[50_000:]))]
+        blocker = psycopg2.connect(os.environ["DATABASE_URL"])
+        with contextlib.closing(blocker), blocker.cursor() as sql:
+            sql.execute("LOCK TABLE users_revenue IN EXCLUSIVE MODE")
+            processors = [self.start("data_processor.py", log) for log in logs * 2]
+            waiting = """SELECT pid, query FROM pg_stat_activity WHERE datname = current_database()
+                         AND wait_event_type = 'Lock' ORDER BY query ~ 'users_revenue'"""
+            wait_until(lambda: len(query(waiting)) == len(processors), "all wait for each other")
+            processors[0].kill()
+            query("SELECT pg_terminate_backend(%s)", [query(waiting)[-1][0]])
+        self.assertEqual([processor.wait(60) for processor in processors], [-signal.SIGKILL] + 5 * [0])
+        self.processor(*logs)
+        self.assertRevenue(oracle(events))
+        self.assertEqual(query("SELECT applied::text FROM event_producers"), [("{[1,100001)}",)])
+
     def test_when_the_parent_is_killed_its_workers_end_and_the_port_is_free(self):
         server = Server(self, "--workers", "3")
         workers = server.workers()
@@ -467,6 +595,17 @@ class ExactlyOnce(SystemTest):
         wait_until(lambda: len(server.workers()) == 2 and victim not in server.workers(), "there are two workers")
         for _ in range(8):
             self.assertEqual(server.post(EVENT)[0], 200)
+
+    def test_a_server_that_is_told_to_stop_finishes_what_it_received(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            server = Server(self, log=f"log{number}")
+            client = self.start("client.py", write_events(self.path(f"events{number}"), 50_000), "--url", server.url,
+                                "--give-up-after", "0")
+            wait_until(lambda: server.log.exists() and server.log.stat().st_size > 100_000, "the client is at it")
+            self.assertEqual(server.stop(number), 0)
+            client.wait(20)
+            self.assertTrue(server.log.read_bytes().endswith(b"}\n"))
+            self.assertEqual(server.errors.read_text(), "")
 
     def test_one_request_to_two_servers_counts_once_in_whatever_order_logs_are_processed(self):
         one, two = Server(self, log="one"), Server(self, log="two")
@@ -581,6 +720,187 @@ def alive(pid):
         return False
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
     return state.strip()[:1] not in ("", "Z")
+
+
+class Client(SystemTest):
+    """The delivery of a file."""
+
+    def test_a_second_client_on_the_same_file_is_refused(self):
+        events = write_events(self.path("events.jsonl"), 3)
+        with open(events) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _, errors = self.client(status=1)
+        self.assertIn("is being sent by another client", errors)
+
+    def test_it_waits_for_a_server_that_is_not_up_yet(self):
+        port = free_port()
+        write_events(self.path("events.jsonl"), 3)
+        client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
+        wait_until(self.path("events.jsonl.delivery").exists, "the client has begun")
+        Server(self, port=port)
+        self.assertEqual(client.communicate(timeout=20)[0][:17], "3 events accepted")
+
+    def test_it_gives_up_and_says_what_was_not_delivered_and_goes_on_later(self):
+        events = write_events(self.path("events.jsonl"), 30)
+        _, errors = self.client("--url", f"http://localhost:{free_port()}/liveEvent", "--give-up-after", "0.2", status=1)
+        self.assertIn("Not delivered: every line from 1 on.", errors)
+        state = json.loads(self.path("events.jsonl.delivery").read_text())
+        self.assertEqual((state["size"], state["sha256"]),
+                         (events.stat().st_size, hashlib.sha256(events.read_bytes()).hexdigest()))
+        server = Server(self)
+        self.client("--url", server.url)
+        self.assertEqual({producer for producer, _ in names_in(server.log)}, {state["producerId"]})
+
+    def test_it_refuses_to_go_on_with_a_changed_file_until_it_is_told_to_restart(self):
+        server = Server(self)
+        events = write_events(self.path("events.jsonl"), 3)
+        gone = f"http://localhost:{free_port()}/liveEvent"
+        for spoil in (lambda: events.write_bytes(events.read_bytes() + EVENT),
+                      lambda: self.path("events.jsonl.delivery", b"\xff{"), lambda: self.path("events.jsonl.delivery", "[]"),
+                      lambda: self.path("events.jsonl.delivery", "[" * 100_000)):
+            self.client("--url", gone, "--give-up-after", "0", "--restart", status=1)
+            spoil()
+            _, errors = self.client("--url", server.url, status=1)
+            self.assertIn("--restart", errors)
+        self.assertFalse(server.log.read_bytes())
+        self.client("--url", server.url, "--restart")
+        self.assertEqual(len(names_in(server.log)), 4)
+
+    def test_a_wrong_secret_stops_it_at_once_with_the_servers_words(self):
+        server = Server(self, EVENTS_AUTHORIZATION="secret")
+        write_events(self.path("events.jsonl"), 3)
+        _, errors = self.client("--url", server.url, status=1)
+        self.assertIn("status 401: the Authorization header is missing or wrong", errors)
+        self.client("--url", server.url, EVENTS_AUTHORIZATION="secret")
+        self.assertEqual(len(names_in(server.log)), 3)
+
+    def test_a_server_of_single_events_is_served_one_at_a_time(self):
+        for options in (404, 405, 501, 200):
+            with Recorder(options=[(options, {}, b"")], post=lambda count, body: (
+                    (400, {}, b'{"error": "no"}') if b"bad" in body else (200, {}, b"Event received"))) as server:
+                self.path("events.jsonl", EVENT + b"\n\n" + EVENT.replace(b"user1", b"bad") + b"\r\n" + EVENT)
+                output, errors = self.client("--url", server.url, status=1)
+            self.assertIn("2 events accepted, 1 rejected", output)
+            self.assertIn("events.jsonl:3: no\n", errors)
+            self.assertEqual([(headers["Content-Type"], headers["Sequence"], json.loads(body)["userId"])
+                              for headers, body in server.posts],
+                             [("application/json", sequence, user)
+                              for sequence, user in (("1", "user1"), ("3", "bad"), ("4", "user1"))])
+            self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
+
+    def test_whatever_is_no_full_answer_is_tried_again_under_the_same_name(self):
+        full = b'{"accepted": 2, "rejected": [{"line": 2, "error": "e"}]}'
+        entries = [b'{"line": %d, "error": "e"}' % line for line in range(1, 10)]
+        incomplete = [b"", b"<html>", b"[]", b"[" * 100_000, b'{"accepted": 3}', b'{"accepted": 1, "rejected": []}',
+                      b'{"accepted": 2, "rejected": [{"line": 1e999, "error": "e"}]}',
+                      b'{"accepted": 2, "rejected": [%b]}' % entries[8], b'{"accepted": 1, "rejected": [%b, %b]}' % (entries[1], entries[1]),
+                      b'{"accepted": -1, "rejected": [%b]}' % b", ".join(entries[:4])]
+        answers = [(500, {}, b"oops"), (503, {"Retry-After": "1"}, b""), (507, {}, b"{}"), (429, {}, b""), (201, {}, full), None,
+                   *((200, {}, body) for body in incomplete)]
+        for first in range(0, len(answers), 4):
+            now = answers[first:first + 4] + [(200, {}, full)]
+            with Recorder(options=[(503, {}, b""), None, (204, {"Accept-Post": "application/x-ndjson"}, b"")],
+                          post=lambda count, body: now[count]) as server:
+                self.path("events.jsonl", (EVENT + b"\n") * 3)
+                output, errors = self.client("--url", server.url, status=1)
+            self.assertIn("2 events accepted, 1 rejected", output)
+            self.assertIn("events.jsonl:2: e\n", errors)
+            self.assertEqual(len(server.posts), len(now))
+            self.assertEqual(len({(headers["Producer-Id"], headers["Sequence"], body) for headers, body in server.posts}), 1)
+
+    def test_a_redirect_or_a_refused_batch_is_no_delivery(self):
+        for status, headers in ((301, {"Location": "/elsewhere"}), (302, {"Location": "/elsewhere"}), (303, {}), (413, {}),
+                                (403, {})):
+            with Recorder(options=[(204, {"Accept-Post": "application/x-ndjson"}, b"")],
+                          post=lambda count, body: (status, headers, b'{"error": "words"}')) as server:
+                self.path("events.jsonl", EVENT)
+                _, errors = self.client("--url", server.url, "--restart", status=1)
+            self.assertIn(f"answered with status {status}: words.\nNot delivered: line 1.", errors)
+            self.assertEqual(len(server.posts), 1)
+
+    def test_odd_files(self):
+        server = Server(self)
+        huge = b'{"userId": "' + b"x" * 600_000 + b'"}'
+        bom, long = b"\xef\xbb\xbf" + EVENT, EVENT[:-1] + b', "pad": "' + b"x" * 100_000 + b'"}'
+        for content, accepted, rejected in ((b"", 0, []), (b"\n\r\n \n", 0, []), (EVENT, 1, []), (EVENT + b"\r\n", 1, []),
+                                            (bom + b"\n" + EVENT, 1, [bom]), (huge, 0, [huge]), (long, 0, [long]),
+                                            (EVENT + b"\n" + huge + b"\n" + long + b"\n" + EVENT, 2, [huge, long]),
+                                            (EVENT + b"\r" + EVENT, 0, [EVENT + b"\r" + EVENT])):
+            events = self.path(f"events{secrets.token_hex(4)}", content)
+            output, _ = self.client(events, "--url", server.url, status=1 if rejected else 0)
+            self.assertIn(f"{accepted} events accepted, {len(rejected)} rejected", output)
+            if rejected:
+                self.assertEqual(Path(f"{events}.rejected").read_bytes(), b"\n".join(rejected) + b"\n")
+        self.processor()
+
+    def test_ctrl_c_ends_it_quietly_and_it_goes_on_later(self):
+        server = Server(self)
+        events = write_events(self.path("events.jsonl"), 100_000)
+        client = self.start("client.py", "--url", server.url, "--batch-size", "50")
+        wait_until(lambda: server.log.stat().st_size > 100_000, "the client is at it")
+        client.send_signal(signal.SIGINT)
+        self.assertEqual((client.communicate(timeout=5), client.returncode), (("", ""), 130))
+        self.client("--url", server.url)
+        self.processor()
+        self.assertRevenue(oracle(events))
+
+    def test_what_is_typed_wrong_is_said_in_a_sentence(self):
+        for arguments, status, words in ((["missing"], 1, "missing: No such file or directory"),
+                                         ([self.directory], 1, "Is a directory"),
+                                         (["--batch-size", "0"], 2, "--batch-size must be"),
+                                         (["--url", "localhost:8000"], 2, "--url must look like"),
+                                         (["--url", "http://[::1/"], 2, "--url must look like"),
+                                         (["--url", "http://localhost:99999/"], 2, "--url must look like"),
+                                         (["--url", "ftp://x/"], 2, "--url must look like"),
+                                         ([self.path("e", EVENT), "--url", "http://a..b/liveEvent"], 1, "is malformed")):
+            _, errors = self.client(*arguments, status=status)
+            self.assertIn(words, errors)
+
+
+class Recorder:
+    """An HTTP server that answers what it is told to and records what it is sent. An answer None cuts the connection."""
+
+    def __init__(self, options, post):
+        recorder = self
+        self.posts = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_OPTIONS(self):
+                self.answer(options.pop(0) if len(options) > 1 else options[0])
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                recorder.posts.append((self.headers, body))
+                self.answer(post(len(recorder.posts) - 1, body))
+
+            def do_GET(self):
+                raise AssertionError("the client must not follow a redirect")
+
+            def answer(self, answer):
+                if answer is None:
+                    self.close_connection = True
+                    return
+                status, headers, body = answer
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/liveEvent"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def request(method="POST", target="/liveEvent", *fields, body=b"", version="1.1", host="127.0.0.1", media="application/json",
