@@ -8,6 +8,7 @@ The database is the one that the environment names; a scratch database is create
 import collections
 import contextlib
 import decimal
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -37,6 +38,7 @@ import psycopg2
 import psycopg2.extensions
 
 import data_processor
+import server as server_module
 
 HERE = Path(__file__).resolve().parent
 EVENT = b'{"userId": "user1", "name": "add_revenue", "value": 1}'
@@ -1182,6 +1184,11 @@ class Http(SystemTest):
         self.assertRegex(second, re.escape(EVENT[:-1]) + rb', "producerId": "[A-Za-z0-9_-]{22}", "sequence": 1}')
 
 
+def nested(depth):
+    """Return an event that is nested so many levels deep."""
+    return EVENT[:-1] + b', "x": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
 def valued(value):
     """Return an event with a value as it is written."""
     return b'{"userId": "user1", "name": "add_revenue", "value": %b}' % value.encode()
@@ -1190,6 +1197,440 @@ def valued(value):
 def users(user):
     """Return an event with a userId as it is written."""
     return b'{"userId": %b, "name": "add_revenue", "value": 1}' % (user if isinstance(user, bytes) else user.encode())
+
+
+def padded(size):
+    """Return an event of so many bytes."""
+    return EVENT[:-1] + b', "pad": "' + b"x" * (size - len(EVENT) - 11) + b'"}'
+
+
+EXTRA = EVENT[:-1] + b', "x": %b}'
+VALID_EVENTS = [
+    EVENT, b" \t" + EVENT + b" \t", EVENT.replace(b" ", b""), padded(65536), EVENT + b" " * (65536 - len(EVENT)), nested(100),
+    *map(valued, ["0", "-0", "0.0", "-0.00", "1e17", "1E+17", "-999999999999999999", "999999999999999999", "0E17",
+                  "999999999999999999." + "9" * 18, "0." + "0" * 17 + "1", "1e-18", "0e-18", "0." + "0" * 18, "1.5e3"]),
+    *map(users, ['"x"', '"' + "x" * 255 + '"', '"' + "\U0001f600" * 255 + '"', '"\\ud83d\\ude00"', '"\\u00e9"', '"\u00e9"',
+                 '"\u2028\u0085\x7f"', '"{}[],:\\"\\\\"', '"\ufeff"', '"\\n"', '" "']),
+    EXTRA % b"NULL".lower(), EXTRA % b'"\\ud800"', EXTRA % b"1e400", EXTRA % b"[1, {\"a\": null}]", EXTRA % b'"[[[{{{"',
+    EVENT[:-1] + b', "name": "subtract_revenue", "value": 3}', b'{"userId": 5, ' + EVENT[1:], EVENT[:-1] + b', "Sequence": 1}',
+    b'{"value": {"value": [1]}, ' + EVENT[1:], EVENT.replace(b"value", b"val\\u0075e"), EXTRA % (b"9" * 4000)]
+INVALID_EVENTS = [
+    b"nonsense", b"{", b"[]", b"1", b"null", b'"x"', b"{}", EVENT + b",", EVENT + EVENT, b"[" + EVENT + b"]", EVENT[:-1], EVENT[1:],
+    EVENT[:-1] + b",}", b"\xef\xbb\xbf" + EVENT, EVENT.decode().encode("utf-16"), EVENT.decode().encode("utf-16-le"),
+    b"\0" + EVENT, EVENT + b"\0", EVENT.replace(b"user1", b"us\xffer"), EVENT.replace(b"user1", b"\xed\xa0\x80"),
+    EVENT.replace(b"user1", b"us\rer"), EVENT.replace(b"user1", b"us\ter"), EVENT.replace(b'"', b"'"), b"\xc2\x85" + EVENT,
+    EVENT.replace(b" ", b"\xc2\xa0"), padded(65537), EVENT + b" " * (65537 - len(EVENT)), nested(101), nested(900), nested(100_000),
+    EVENT[:-1] + b', "x": ' + b"[" * 20_000 + b"}", EVENT[:-1] + b', "x": ' + b"[" * 101 + b'"' + b'\\"' * 32_000, EVENT[:-1] + b', "x": ' + b"[" * 990 + b"]" * 990 + b', "x": 1}',
+    *map(valued, ["1000000000000000000", "-1000000000000000000", "1e18", "0e18", "1e-19", "0e-19", "0." + "0" * 19,
+                  "0." + "0" * 18 + "1", "true", "null", '"1"', "[1]", "{}", "NaN", "Infinity", "-Infinity", "01", "+1", "1.", ".5",
+                  "1e", "0x1", "1_0", "\u0661", "9" * 5000, "1." + "0" * 5000, "1e9999999999999999999", "0E-20000", "1E+500000",
+                  "-1e9999999999999999999"]),
+    *map(users, ['""', '"' + "x" * 256 + '"', '"' + "\u00e9" * 256 + '"', '"\\u0000"', '"\\ud800"', '"a\\udc00"', "1", "null", "[]",
+                 "true", '"\\x41"', '"a']),
+    EXTRA % b"NaN", EXTRA % b"Infinity", EXTRA % (b"9" * 5000), EXTRA % b"1e9999999999999999999", EXTRA % b"1 2",
+    EVENT.replace(b"add_revenue", b"add"), EVENT.replace(b'"add_revenue"', b"[]"), EVENT.replace(b'"add_revenue"', b"null"),
+    EVENT.replace(b"add_revenue", b"Add_revenue"), EVENT[:-1] + b', "value": "1"}', EVENT.replace(b"userId", b"userid"),
+    EVENT[:-1] + b', "sequence": 1}', EVENT[:-1] + b', "producer\\u0049d": "p"}', EVENT[:-1] + b', "producerId": null}']
+RESERVED = [EVENT[:-1] + b', "producerId": "p", "sequence": 1}', EVENT[:-1] + b', "log": 1}']  # a log may hold these
+
+
+class Events(SystemTest):
+    """What an event is: the server and the processor agree."""
+
+    def test_server_and_processor_agree_on_every_event(self):
+        server = Server(self)
+        for events, status in ((VALID_EVENTS, 200), (INVALID_EVENTS + RESERVED, 400)):
+            for event in events:
+                self.assertEqual(server.post(event)[0], status, event[:200])
+        logged = self.processor()[0]
+        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, 0 rejected", logged)
+        expected = query("SELECT user_id, revenue FROM users_revenue ORDER BY user_id")
+        query("TRUNCATE users_revenue, event_producers, event_logs")
+
+        mixed = VALID_EVENTS + INVALID_EVENTS
+        random.Random(1).shuffle(mixed)
+        wrong = [number for number, event in enumerate(mixed) if event in INVALID_EVENTS]
+        accepted, rejected = 0, []
+        for first in range(0, len(mixed), 8):
+            _, answer = server.post(b"\n".join(mixed[first:first + 8]), "application/x-ndjson")
+            accepted += answer["accepted"]
+            rejected += [first + entry["line"] - 1 for entry in answer["rejected"]]
+        self.assertEqual((accepted, rejected), (len(VALID_EVENTS), wrong))
+
+        log = self.path("plain", b"\n".join(mixed) + b"\n")
+        output, errors = self.processor(log, status=1)
+        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, {len(wrong)} rejected", output)
+        starts = [sum(len(event) + 1 for event in mixed[:number]) for number in wrong]
+        self.assertEqual([int(line.split(": ")[1].removeprefix("byte ")) for line in errors.splitlines()], starts)
+        self.assertEqual(query("SELECT user_id, revenue FROM users_revenue ORDER BY user_id"), expected)
+
+    def test_a_name_in_a_log_is_a_producer_and_a_sequence(self):
+        stamp = EVENT[:-1] + b', "producerId": %b, "sequence": %b}\n'
+        valid = [stamp % name for name in ((b'"p"', b"1"), (b'"p"', b"9007199254740991"), (b'"' + b"p" * 64 + b'"', b"1"))]
+        invalid = [stamp % name for name in ((b'"p"', b"0"), (b'"p"', b"9007199254740992"), (b'"p"', b"-1"), (b'"p"', b"1.0"),
+                                             (b'"p"', b'"1"'), (b'"p"', b"true"), (b'"p"', b"null"), (b"null", b"1"), (b'""', b"1"),
+                                             (b'"' + b"p" * 65 + b'"', b"1"), (b'"p.p"', b"1"), (b'"\\u0000"', b"1"), (b"[]", b"1"))]
+        invalid += [EVENT[:-1] + b', "sequence": 3}\n', EVENT[:-1] + b', "producerId": "p"}\n']
+        invalid.insert(0, EVENT[:-1] + b', "producerId": ""}\n')
+        for sequence in (b"2", b"2.0", b"9007199254740991", b"9007199254740992"):  # what would continue a run
+            (valid if sequence in (b"2", b"9007199254740991") else invalid).append(stamp % (b'"q"', sequence))
+        output, _ = self.processor(self.path("log", b"".join(invalid + valid)), status=1)
+        self.assertIn(f"{len(valid)} applied, 0 repeated, {len(invalid)} rejected", output)
+
+    def test_decoding_a_block_at_once_is_decoding_it_line_by_line(self):
+        chance = random.Random(TORTURE_SEED)
+        self.addCleanup(print, f"[seed {TORTURE_SEED}]", end=" ", file=sys.stderr)
+        pieces = [b"{", b"}", b'"', b"\\", b",", b":", b"[", b"]", b"{}", b'"a"', b'"a":1', b'{"a":1}', b"}\n{", b"\n", b" ", b"\r",
+                  b"1", b"5,", b'{"a":"}', b'{":1}', b'"},{"', b"\xc3\xa9", b"\xff", b"x" * 33_000]
+        flat = 0
+        for _ in range(20_000):
+            lines = [chance.choice([b'{"a":1}', EVENT, b'{"b":"x"}', b'{"c":2,"c":3}']) for _ in range(chance.randrange(1, 5))]
+            block = bytearray(b"\n".join(lines) + b"\n")
+            for _ in range(chance.choice([0, 1, 1, 2, 3])):
+                at = chance.randrange(len(block))
+                block[at:at + chance.choice([0, 0, 1, 2])] = chance.choice(pieces)
+            block = bytes(block).removesuffix(b"\n") + b"\n"
+            one_by_one = [data_processor._decode_or_error(line) for line in block[:-1].split(b"\n")]
+            with unittest.mock.patch.object(data_processor, "_decode_or_error", side_effect=AssertionError("line by line")):
+                try:
+                    at_once = data_processor.decode_lines(block)
+                except AssertionError:
+                    continue
+            flat += 1
+            self.assertEqual(at_once, one_by_one, block)
+        self.assertGreater(flat, 3000)
+
+
+def append(log, line):
+    """Append a line to a server's log, or raise what kept it from being durable."""
+    outcome = []
+    log.append(line, outcome.append)
+    if outcome != [None]:
+        raise outcome[0]
+
+
+def run_in_child(action):
+    """Run action in a forked process and return its wait status: a kill there is a kill."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            action()
+            status = 0
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class FaultySystem:
+    """The os or fcntl module with one call, counted over all of them, that goes wrong in a chosen way."""
+
+    CALLS = ("open", "fstat", "stat", "pread", "write", "ftruncate", "fdatasync", "fsync", "flock", "close")
+    FAULTS = ("EIO", "ENOSPC", "EIO for good", "short", "short, then ENOSPC", "killed before", "killed after")
+
+    def __init__(self, module, state, log):
+        self._module, self._state, self._log = module, state, log
+
+    def __getattr__(self, name):
+        real = getattr(self._module, name)
+        return (lambda *arguments, **options: self._call(name, real, *arguments, **options)) if name in self.CALLS else real
+
+    def _call(self, name, real, *arguments, **options):
+        state = self._state
+        state["count"] += 1
+        fault = state["fault"]
+        due = state["count"] == state["at"] or state["count"] > state["at"] and fault == "EIO for good"
+        if state["short"] and name == "write":
+            state["short"] = False
+            raise OSError(errno.ENOSPC, "no space")
+        if due:
+            state["fired"] = name
+            if fault == "killed before":
+                os._exit(9)
+            if fault.startswith("short") and name == "write":
+                state["short"] = fault != "short"
+                return real(arguments[0], bytes(arguments[1])[:len(arguments[1]) // 2])
+            if fault.startswith("short"):
+                state["fired"] = None  # nothing here that could be short
+            elif fault != "killed after":
+                raise OSError(errno.ENOSPC if fault == "ENOSPC" else errno.EIO, fault)
+        result = real(*arguments, **options)
+        if name == "fdatasync":
+            state["synced"] = self._log.read_bytes()
+        if due and fault == "killed after":
+            os._exit(9)
+        return result
+
+
+class Faults(SystemTest):
+    """Every step fails once."""
+
+    def append_with_fault(self, log_path, fault, at):
+        """Append three events in a child, one system call of which goes wrong; return (exit status, what happened)."""
+        report = self.path("report", b"")
+
+        def child():
+            state = {"count": 0, "at": at, "fault": fault, "fired": None, "short": False, "synced": b""}
+            with (unittest.mock.patch.object(server_module, "os", FaultySystem(os, state, log_path)),
+                  unittest.mock.patch.object(server_module, "fcntl", FaultySystem(fcntl, state, log_path)),
+                  silence(), open(report, "ab", buffering=0) as out):
+                try:
+                    log = server_module.Log(str(log_path))
+                except OSError:
+                    log = None
+                for sequence in range(1, 4) if log else ():
+                    if sequence == 3:  # a rotation in between
+                        log_path.rename(self.path("rotated"))
+                    line = named("p", sequence).encode()
+                    try:
+                        append(log, line)
+                    except OSError:
+                        continue
+                    # "log" may have been put into the line
+                    if line[-20:] not in state["synced"]:
+                        out.write(b"acknowledged before the sync\n")
+                    out.write(b"acknowledged %d\n" % sequence)
+                out.write(b"fired %s\n" % str(state["fired"]).encode())
+        status = run_in_child(child)
+        return status, report.read_text()
+
+    def test_every_step_of_an_append(self):
+        fired = collections.Counter()
+        for fault in FaultySystem.FAULTS:
+            for at in range(1, 200):
+                for name in ("log", "rotated"):
+                    self.path(name).unlink(missing_ok=True)
+                whole = named("earlier", 1).encode()
+                log = self.path("log", whole + b'{"torn')
+                status, report = self.append_with_fault(log, fault, at)
+                self.assertIn(status, (0, 9))
+                self.assertNotIn("before the sync", report)
+                server_module_log = server_module.Log(str(log))  # the restart
+                with silence():
+                    append(server_module_log, named("later", 1).encode())
+                os.close(server_module_log._fd)
+                logs = [path for path in (self.path("rotated"), log) if path.exists()]
+                names = names_in(*logs)  # fails on a glued line
+                self.assertEqual(len(names), len(set(names)))
+                acknowledged = {("p", int(n)) for n in re.findall(r"acknowledged (\d)", report)}
+                self.assertLessEqual(acknowledged | {("earlier", 1), ("later", 1)}, set(names), (fault, at, report))
+                self.assertLessEqual(set(names), {("earlier", 1), ("later", 1), ("p", 1), ("p", 2), ("p", 3)})
+                if status == 0 and "fired None" in report:
+                    if fault.startswith("short"):
+                        if at < 60:
+                            continue
+                    self.assertEqual(len(acknowledged), 3)
+                    break
+                fired[fault] += 1
+            else:
+                self.fail("the run never completed untouched")
+        self.assertGreater(min(fired[fault] for fault in FaultySystem.FAULTS if not fault.startswith("short")), 20)
+        self.assertGreaterEqual(min(fired.values()), 3)
+
+    def test_every_step_of_a_chunk(self):
+        """Raise at each statement, at COMMIT, and just after it; break the connection, or end the run."""
+        logs = [self.path("one", "".join(named("p", n, f"user{n % 3}") for n in (1, 2, 3, 2, 8)) + f"bad\n{EVENT.decode()}\n"),
+                self.path("two", "".join(named("p", n, f"user{n % 3}") for n in (3, 4, 8)) + named("q", 1))]
+        expected = {"user0": 1, "user1": 4, "user2": 2}
+
+        class Faulty(psycopg2.extensions.connection):
+            steps = fail_at = 0
+            broken = None
+
+            def step(self):
+                Faulty.steps += 1
+                if Faulty.steps == Faulty.fail_at:
+                    if Faulty.broken is psycopg2.OperationalError:
+                        self.close()
+                    raise Faulty.broken("injected")
+
+            def cursor(self, *arguments, **options):
+                return super().cursor(*arguments, cursor_factory=Cursor, **options)
+
+            def __exit__(self, kind, error, trace):
+                if kind is None:
+                    try:
+                        self.step()  # at COMMIT
+                    except BaseException:
+                        if not self.closed:
+                            self.rollback()
+                        raise
+                super().__exit__(kind, error, trace)
+                if kind is None:
+                    self.step()  # COMMIT was done, and nobody knows
+
+        class Cursor(psycopg2.extensions.cursor):
+            def execute(self, *arguments):
+                self.connection.step()
+                super().execute(*arguments)
+                self.connection.step()
+
+        def run():
+            processor = data_processor.Processor()
+            try:
+                processor.run_once(list(map(str, logs)))
+                return True
+            except (data_processor.Failure, SystemExit):
+                return False
+            finally:
+                for log in processor.logs.values():
+                    log.file.close()
+                if processor.connection:
+                    processor.connection.close()
+
+        connect, sleep = data_processor.connect, unittest.mock.patch.object(data_processor.time, "sleep")
+        patched = unittest.mock.patch.object(data_processor, "connect", lambda **options: connect(**options,
+                                                                                                  connection_factory=Faulty))
+        with sleep, patched, silence():
+            for Faulty.broken in (psycopg2.OperationalError, psycopg2.errors.DeadlockDetected, SystemExit):
+                survived = 0
+                for Faulty.fail_at in range(1, 1000):
+                    query("TRUNCATE users_revenue, event_producers, event_logs")
+                    Faulty.steps = 0
+                    errors = io.StringIO()
+                    with contextlib.redirect_stderr(errors):
+                        complete = run()
+                    survived += complete
+                    if Faulty.steps < Faulty.fail_at:
+                        break
+                    Faulty.fail_at = 0
+                    with contextlib.redirect_stderr(errors):
+                        self.assertTrue(run())
+                    self.assertRevenue(expected)
+                    self.assertIn("not JSON", errors.getvalue(), "a bad line is reported at least once")
+                self.assertGreater(Faulty.fail_at, 40)
+                self.assertRevenue(expected)
+                self.assertEqual(survived > 20, Faulty.broken is not SystemExit)
+
+    TAILS = [b"\0" * 10, b"\0" * 10 + b"\n", b"\n", b"\n\n\n", b"\xe2\x82", b"\xe2\x82\n", b'{"userId": "user1", "na', EVENT,
+             named("p", 9).encode()[:-1], b"}" * 5 + b"\n", b"\r", b"\r\n", b" ", b'"\n', b"x" * 300_000, b"x" * 300_000 + b"\n",
+             b"{" * 1000, b"\xff\xfe\n", named("p", 9).encode()[:-1] * 2]
+
+    def test_every_byte_of_a_tail_and_garbage_in_a_dozen_shapes(self):
+        lines = [named("p", n, f"user{n}").encode() for n in range(1, 6)]
+        content = b"".join(lines)
+        shapes = [content[:end] for end in range(len(b"".join(lines[:2])), len(content) + 1)]
+        shapes += [content + tail for tail in self.TAILS]
+        self.assertGreater(len(shapes), 250)
+        processor = data_processor.Processor()
+        with silence():
+            for shape in shapes:
+                query("TRUNCATE users_revenue, event_producers, event_logs")
+                whole = [line for line in lines if shape.startswith(content[:content.index(line)] + line)]
+                path = self.path("log", shape)
+                expected = {f"user{n}": 1 for n in range(1, len(whole) + 1)}
+                for log in processor.logs.values():
+                    log.file.close()
+                processor.logs.clear()
+                processor.run_once([str(path)])
+                self.assertRevenue(expected)
+                log = server_module.Log(str(path))
+                append(log, named("new", 1, "new").encode())
+                os.close(log._fd)
+                self.assertEqual(path.read_bytes(), shape[:shape.rindex(b"\n") + 1] + named("new", 1, "new").encode())
+                processor.run_once([str(path)])
+                self.assertRevenue(expected | {"new": 1})
+        for log in processor.logs.values():
+            log.file.close()
+        processor.connection.close()
+
+    def test_no_line_is_taken_while_a_server_may_take_it_back(self):
+        log = self.path("log", named("p", 1))
+        with open(log, "ab") as server:
+            fcntl.flock(server, fcntl.LOCK_EX)
+            server.write(named("p", 2).encode())
+            server.flush()
+            processor = self.start("data_processor.py", log)
+            with self.assertRaises(subprocess.TimeoutExpired):
+                processor.wait(1)
+            server.truncate(len(named("p", 1)))
+        self.assertEqual(processor.wait(20), 0)
+        self.assertRevenue({"user1": 1})
+
+    def test_a_full_disk_is_answered_with_507_and_service_returns_with_space(self):
+        disk = self.path("disk")
+        disk.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode == 0
+        if mounted:
+            self.addCleanup(subprocess.run, ["umount", "--lazy", disk])
+        server = Server(self, log="disk/log")
+        if not mounted:
+            for worker in server.workers():
+                resource.prlimit(worker, resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
+        acknowledged, statuses = set(), collections.Counter()
+        batch = b"".join(valued("1")[:-1] + b', "pad": "' + b"x" * 1000 + b'"}\n' for _ in range(10))
+        for sequence in range(1, 200, 10):
+            status, _ = server.post(batch, "application/x-ndjson", Producer_Id="p", Sequence=sequence)
+            statuses[status] += 1
+            if status == 200:
+                acknowledged |= {("p", n) for n in range(sequence, sequence + 10)}
+        self.assertEqual(set(statuses), {200, 507})
+        self.assertEqual(set(names_in(server.log)), acknowledged)
+        self.assertEqual(server.ask("GET", "/health")[0], 200)
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        else:
+            for worker in server.workers():
+                resource.prlimit(worker, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        self.assertEqual(server.post(batch, "application/x-ndjson", Producer_Id="p", Sequence=1001)[0], 200)
+        self.assertEqual(set(names_in(server.log)), acknowledged | {("p", n) for n in range(1001, 1011)})
+        self.assertEqual(server.errors.read_text(), "")
+
+    def test_every_answer_goes_out_in_order_however_slow_the_disk_and_when_the_server_stops(self):
+        script = ["-c", "import sys, time, server; real = server.sync_file\n"
+                        "server.sync_file = lambda fd: (time.sleep(0.5), real(fd)); sys.path[0] = ''; sys.exit(server.main())"]
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
+            server = Server(self, "--workers", "1", script=script)
+        with contextlib.ExitStack() as stack:
+            pipelined, closing = ([stack.enter_context(server.connect()) for _ in range(4)] for _ in range(2))
+            for wire in pipelined:  # some lead their group, the others' answers are sent by its leader
+                wire.sendall(request(body=EVENT) + request("GET", "/health"))
+            for wire in closing:
+                wire.sendall(request("POST", "/liveEvent", "Connection: close", body=EVENT))
+            for wire in pipelined:
+                answers = Answers(wire)
+                self.assertIn(b"received", read_answer(answers)[2])
+                self.assertIn(b"ok", read_answer(answers)[2])
+            for wire in closing:
+                self.assertEqual(read_answer(wire)[0], 200)
+        with server.connect() as waiting:
+            size = server.log.stat().st_size
+            waiting.sendall(request(body=EVENT))
+            wait_until(lambda: server.log.stat().st_size > size, "the event is written, and being synced")
+            worker, = server.workers()
+            os.kill(worker, signal.SIGSTOP)
+            with server.connect() as late:  # accepted by the kernel alone
+                late.sendall(request(body=EVENT))
+                server.process.terminate()
+                os.kill(worker, signal.SIGCONT)
+                self.assertEqual([read_answer(wire)[0] for wire in (waiting, late)], [200, 200])
+        self.assertEqual(server.process.wait(20), 0)
+
+    def test_a_failed_sync_is_no_acknowledgement_and_ends_the_server(self):
+        trigger = self.path("trigger")
+        script = ["-c", "import errno, os, sys, time, server; real = server.sync_file\n"
+                        "def sync(fd):\n"
+                        f"    if os.path.exists({str(trigger)!r}) and not failed:\n"
+                        "        failed.append(time.sleep(0.2))\n"
+                        "        raise OSError(errno.EIO, 'Input/output error')\n"
+                        "    real(fd)\n"
+                        "failed = []; server.sync_file = sync; sys.path[0] = ''; sys.exit(server.main())"]
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
+            server = Server(self, script=script)
+        self.assertEqual(server.post(EVENT)[0], 200)
+        trigger.touch()
+        wires = [server.connect() for _ in range(10)]
+        answers = []
+        for wire in wires:
+            wire.sendall(request(body=EVENT))
+        for wire in wires:
+            with wire, contextlib.suppress(ConnectionError):  # the server ends: some are not accepted any more
+                answers.append(read_answer(wire)[0])
+        self.assertEqual(set(answers), {503})
+        self.assertEqual(server.process.wait(10), 1)
+        self.assertIn("Move the log aside", server.errors.read_text())
 
 
 class Properties(SystemTest):
@@ -1250,6 +1691,49 @@ class Properties(SystemTest):
                 self.assertTrue(all(b < c for (_, b), (c, _) in zip(pairs, pairs[1:])), "neighbours are merged")
 
 
+class FaultyProxy:
+    """A TCP proxy that passes each connection on to one of some ports, and often cuts it: before or within the request,
+    before the answer, or after some bytes of it."""
+
+    def __init__(self, ports, seed):
+        self.ports, self._chance = ports, random.Random(seed)
+        self.cuts = 0
+        self.calm = False  # cut no more
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                wire, _ = self._listener.accept()
+            except OSError:
+                return
+            cut = None if self.calm else self._chance.choice([None, None, None, "request", "answer", "answer", "answer later"])
+            threading.Thread(target=self._pass, args=[wire, self._chance.choice(self.ports), cut, self._chance.randrange(1, 20_000)],
+                             daemon=True).start()
+
+    def _pass(self, wire, port, cut, budget):
+        with contextlib.suppress(OSError), wire, socket.create_connection(("127.0.0.1", port), timeout=20) as server:
+            limits = {wire: budget if cut == "request" else 10**9,
+                      server: {"answer": 0, "answer later": budget % 150}.get(cut, 10**9)}
+            while True:
+                for source in select.select([wire, server], [], [], 20)[0] or [None]:
+                    data = source and source.recv(65536)
+                    if not data:
+                        return
+                    part = data[:limits[source]]
+                    limits[source] -= len(data)
+                    (server if source is wire else wire).sendall(part)
+                    if limits[source] < 0:
+                        self.cuts += 1
+                        return
+
+    def close(self):
+        """Take no more connections."""
+        self._listener.close()
+
+
 class Audit(SystemTest):
     """data_processor.py --verify."""
 
@@ -1284,6 +1768,136 @@ class Audit(SystemTest):
         _, errors = self.processor("--verify", self.path("log", EVENT + b"\n"), status=1)
         self.assertIn("do not exist yet", errors)
         self.assertEqual(query("SELECT to_regclass('users_revenue')"), [(None,)])
+
+
+class Torture(SystemTest):
+    """Everything at once, at random, and then equality with the oracle."""
+
+    def test_every_event_counts_exactly_once(self):
+        chance = random.Random(TORTURE_SEED)
+        print(f"[torture: seed {TORTURE_SEED}, {TORTURE_SECONDS:g} s]", end=" ", file=sys.stderr, flush=True)
+        self.counts = collections.Counter()
+        self.servers = [Server(self, log=f"log{n}") for n in (1, 2)]
+        self.proxy = FaultyProxy([server.port for server in self.servers], TORTURE_SEED)
+        self.addCleanup(self.proxy.close)
+        self.files, self.delivering, self.processors = [], [], []
+        self.chance = chance
+        actions = [self.kill_client, self.kill_client, self.kill_server, self.kill_worker, self.kill_processor, self.kill_processor,
+                   self.terminate_backend, self.pause, self.pause, self.rotate]
+        end = time.monotonic() + TORTURE_SECONDS
+        while time.monotonic() < end:
+            self.keep_busy()
+            time.sleep(chance.uniform(0, 0.1))
+            chance.choice(actions)()
+        self.settle()
+        logs = sorted(self.directory.glob("log*"))
+        repeats = len(names_in(*logs)) - len(set(names_in(*logs)))
+        kills = sum(count for name, count in self.counts.items() if name.startswith("kill"))
+        print(f"[{dict(self.counts)}, {self.proxy.cuts} cuts, {kills} kills, {len(self.files)} files, "
+              f"{repeats} repeated deliveries]", end=" ", file=sys.stderr, flush=True)
+        self.assertRevenue(oracle(*self.files))
+        for fault in (kills, repeats, self.proxy.cuts, self.counts["pause"], self.counts["rotate"]):
+            self.assertGreater(fault, 0, "a fault was not injected")
+
+    def start_client(self, events, *arguments):
+        """Start a client through the proxy."""
+        return subprocess.Popen([sys.executable, HERE / "client.py", events, "--url", f"http://127.0.0.1:{self.proxy.port}/liveEvent",
+                                 "--batch-size", str(self.chance.choice([10, 100, 1000])), *arguments],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def keep_busy(self):
+        """Keep two deliveries and two processors going, and both servers up."""
+        for n, server in enumerate(self.servers):
+            if server.process.poll() is not None:
+                self.servers[n] = Server(self, log=server.log.name, port=server.port)
+        for delivery in list(self.delivering):
+            events, client = delivery
+            if client.poll() is not None:
+                output, errors = client.communicate()
+                self.delivering.remove(delivery)
+                if "events accepted" not in output:  # the receipt
+                    self.assertIn(client.returncode, (-signal.SIGKILL, 1), errors)
+                    self.assertNotIn("Traceback", errors)
+                    self.delivering.append((events, self.start_client(events)))
+        while len(self.delivering) < 2:
+            events = write_events(self.path(f"events{len(self.files)}"), self.chance.choice([10, 1000, 5000]),
+                                  seed=self.chance.random())
+            self.files.append(events)
+            self.delivering.append((events, self.start_client(events)))
+        for processor in [processor for processor in self.processors if processor.poll() is not None]:
+            self.processors.remove(processor)
+            errors = processor.communicate()[1]
+            self.assertTrue(processor.returncode in (0, -signal.SIGKILL) or "No such file" in errors, errors)
+        while len(self.processors) < 2:
+            logs = sorted(self.directory.glob("log*"))
+            self.chance.shuffle(logs)
+            self.processors.append(subprocess.Popen([sys.executable, HERE / "data_processor.py", *logs[:20]], cwd=self.directory,
+                                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+
+    def kill(self, name, process):
+        """SIGKILL a process that runs."""
+        if process.poll() is None:
+            process.kill()
+            self.counts[f"kill {name}"] += 1
+
+    def kill_client(self):
+        """Kill one of the clients."""
+        self.kill("client", self.chance.choice(self.delivering)[1])
+
+    def kill_processor(self):
+        """Kill one of the processors."""
+        self.kill("processor", self.chance.choice(self.processors))
+
+    def kill_server(self):
+        """Kill a server's parent."""
+        self.kill("server", self.chance.choice(self.servers).process)
+
+    def kill_worker(self):
+        """Kill one worker."""
+        if workers := self.chance.choice(self.servers).workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.chance.choice(workers), signal.SIGKILL)
+                self.counts["kill worker"] += 1
+
+    def terminate_backend(self):
+        """End one of the database's processes."""
+        query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+              "AND pid <> pg_backend_pid() ORDER BY random() LIMIT 1")
+        self.counts["terminate"] += 1
+
+    def pause(self):
+        """Stop a process for a moment."""
+        processes = [client for _, client in self.delivering] + self.processors
+        pids = [process.pid for process in processes if process.poll() is None]
+        pids += [worker for server in self.servers for worker in server.workers()]
+        if pids:
+            pid = self.chance.choice(pids)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(self.chance.uniform(0, 0.3))
+                os.kill(pid, signal.SIGCONT)
+                self.counts["pause"] += 1
+
+    def rotate(self):
+        """Rename a log."""
+        log = self.chance.choice(self.servers).log
+        if log.exists():
+            log.rename(f"{log}.{self.counts['rotate']}")
+            self.counts["rotate"] += 1
+
+    def settle(self):
+        """Let every delivery and then the processor come to their ends."""
+        self.proxy.calm = True
+        for processor in self.processors:
+            processor.kill()
+            processor.communicate()
+        for n, server in enumerate(self.servers):
+            if server.process.poll() is not None:
+                self.servers[n] = Server(self, log=server.log.name, port=server.port)
+        for events, client in self.delivering:
+            while "events accepted" not in client.communicate(timeout=60)[0]:
+                client = self.start_client(events)
+        self.processor(*sorted(self.directory.glob("log*")))
 
 
 if __name__ == "__main__":
