@@ -714,6 +714,14 @@ class ExactlyOnce(SystemTest):
         self.assertRevenue({"user1": 2001})
 
 
+README = (HERE / "README.md").read_text()
+
+
+def blocks(language):
+    """Return the README's code blocks of a language."""
+    return [text for name, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if name == language]
+
+
 def alive(pid):
     """Tell whether a process runs (a zombie does not)."""
     if Path("/proc/self/stat").exists():
@@ -903,6 +911,7 @@ class Recorder:
     def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
+
 
 
 def request(method="POST", target="/liveEvent", *fields, body=b"", version="1.1", host="127.0.0.1", media="application/json",
@@ -1768,6 +1777,144 @@ class Audit(SystemTest):
         _, errors = self.processor("--verify", self.path("log", EVENT + b"\n"), status=1)
         self.assertIn("do not exist yet", errors)
         self.assertEqual(query("SELECT to_regclass('users_revenue')"), [(None,)])
+
+
+class Machines(SystemTest):
+    """Three servers with a log each behind a load balancer, on one database."""
+
+    def balance(self, ports):
+        """Start nginx, or a round-robin proxy when it is not installed; return the port."""
+        nginx = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
+        if not nginx:
+            proxy = FaultyProxy(ports, 0)
+            proxy.calm = True
+            self.addCleanup(proxy.close)
+            return proxy.port
+        port = free_port()
+        site, = blocks("nginx")  # the README's, without TLS
+        site = re.sub(r" *ssl_certificate.*\n", "", site).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+        site = site.replace("server 127.0.0.1:8000;", "".join(f"server 127.0.0.1:{port} max_fails=0; " for port in ports))
+        temporary = "".join(f"{kind}_temp_path {self.directory}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        configuration = self.path("nginx.conf", f"""
+            daemon off; pid {self.directory}/nginx.pid; error_log {self.directory}/nginx.log; events {{}}
+            http {{ access_log off; {temporary} {site} }}""")
+        balancer = subprocess.Popen([nginx, "-c", configuration, "-p", self.directory], stderr=subprocess.DEVNULL)
+
+        def end():
+            balancer.terminate()
+            balancer.wait()
+        self.addCleanup(end)
+        wait_until(lambda: not can_bind(port), "nginx listens")
+        return port
+
+    def test_exact_totals_while_servers_are_killed_and_processors_run(self):
+        secret = {"EVENTS_AUTHORIZATION": "secret"}
+        servers = [Server(self, log=f"log{n}", **secret) for n in range(3)]
+        port = self.balance([server.port for server in servers])
+        files = [write_events(self.path(f"events{n}"), 60_000, seed=n) for n in range(3)]
+        clients = [self.start("client.py", events, "--url", f"http://127.0.0.1:{port}/liveEvent", "--batch-size", 100,
+                              **secret) for events in files]
+        followers = [self.start("data_processor.py", "--follow", server.log) for server in servers]
+        kills = 0
+        while any(client.poll() is None for client in clients):
+            n = kills % 3
+            size = servers[n].log.stat().st_size
+            wait_until(lambda: servers[n].log.stat().st_size > size + 100_000 or all(client.poll() is not None for client in clients),
+                       "the log grows")
+            servers[n].kill()
+            kills += 1
+            servers[n] = Server(self, log=f"log{n}", port=servers[n].port, **secret)
+        for client in clients:
+            output, errors = client.communicate()
+            self.assertEqual(client.returncode, 0, errors)
+        for follower in followers:
+            follower.terminate()
+            self.assertEqual(follower.wait(20), 0)
+        self.processor(*[server.log for server in servers])
+        self.assertRevenue(oracle(*files))
+        self.processor("--verify", *[server.log for server in servers])
+        self.assertGreater(kills, 2)
+        self.assertTrue(all(server.log.stat().st_size for server in servers))
+
+
+class Readme(SystemTest):
+    """What the README shows is what happens."""
+
+    def setUp(self):
+        super().setUp()
+        self.port = free_port()
+        for name in ("server.py", "client.py", "data_processor.py", "create_table.sql", "events.jsonl"):
+            shutil.copy(HERE / name, self.directory)
+
+    def shell(self, script):
+        """Run a part of the README, at another port, and return what it prints."""
+        script = (script.replace("server.py &", f"server.py --port {self.port} &")
+                  .replace("client.py", f"client.py --url http://localhost:{self.port}/liveEvent")
+                  .replace("localhost:8000", f"localhost:{self.port}"))
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        run = subprocess.run(["sh", "-c", script], cwd=self.directory, capture_output=True, text=True, timeout=60,
+                             env=os.environ | {"PATH": path})
+        self.assertEqual(run.stderr, "")
+        return run.stdout.replace(f":{self.port}", ":8000").replace("\r", "")
+
+    def test_the_first_command_prints_what_the_readme_shows(self):
+        command, output = blocks("sh")[0], blocks("")[0]
+        script = re.search(r"pg_virtualenv sh -c '(.*)'\n", command, re.S)[1]
+
+        def normal(text):
+            return re.sub(r"in [\d.]+ s", "in 0.1 s", re.sub(r"\d+ workers", "2 workers", text))
+        self.assertEqual(normal(self.shell(script)), output)
+
+    def test_the_second_command_runs_the_documented_tests(self):
+        self.assertEqual(blocks("sh")[1], "bash .ci/run\n")
+        self.assertIn("\nPATH=\"$environment/bin:$PATH\" LC_ALL=C.UTF-8 pg_virtualenv python -m unittest\n",
+                      (HERE / ".ci/run").read_text())
+        self.assertIn("`pg_virtualenv python -m unittest`", README)
+
+    def test_the_console_session_prints_what_the_readme_shows(self):
+        Server(self, port=self.port)
+        session, = blocks("console")
+        for step in re.split(r"^\$ ", session, flags=re.M)[1:]:
+            lines = step.splitlines(keepends=True)
+            continued = [line[2:] for line in lines[1:] if line.startswith("> ")]
+            expected = "".join(lines[1 + len(continued):])
+            self.assertEqual(self.shell(lines[0] + "".join(continued)), expected, lines[0])
+
+    def test_the_safe_sender_sends_each_event_once(self):
+        script, = blocks("python")
+        sender = subprocess.Popen([sys.executable, "-c", script + "\nfor value in (1, 2):\n    send({'userId': 'user1', "
+                                   f"'name': 'add_revenue', 'value': value}}, 'http://localhost:{self.port}/liveEvent')\n"])
+        server = Server(self, port=self.port)
+        self.assertEqual(sender.wait(20), 0)
+        names = names_in(server.log)
+        self.assertEqual([sequence for _, sequence in names], [1, 2])
+        self.assertEqual(len({producer for producer, _ in names}), 1)
+
+    def test_help_fits_a_screen_and_knows_every_option_of_the_readme(self):
+        for script in ("server.py", "client.py", "data_processor.py"):
+            output, _ = self.run_script(script, "--help", COLUMNS="80")
+            self.assertLessEqual(output.count("\n"), 24)
+            self.assertIn("Example: python " + script, " ".join(output.split()))
+            usage = re.search(rf"^    python {script}(.*)$", README, re.M)[1]
+            options = re.findall(r"--[a-z-]+", usage)
+            self.assertEqual(set(re.findall(r"^  (--[a-z-]+)", output, re.M)), set(options))
+
+    def test_the_rotation_by_logrotate_loses_nothing(self):
+        rules = next(block for block in blocks("") if "rotate 90" in block)
+        rules = self.path("rules", rules.replace("/var/lib/events", str(self.directory)))
+        rules.chmod(0o644)
+        logrotate = shutil.which("logrotate", path=os.environ["PATH"] + ":/usr/sbin")
+        server = Server(self)
+        for number in (1, 2, 3):
+            server.post(EVENT)
+            if logrotate:
+                subprocess.run([logrotate, "--force", "--state", self.path("state"), rules], check=True, capture_output=True)
+            else:
+                server.log.rename(f"{server.log}.{number}")
+        server.post(EVENT)
+        self.assertEqual(len(list(self.directory.glob("server-events.jsonl*"))), 4)
+        self.processor()
+        self.assertRevenue({"user1": 4})
 
 
 class Torture(SystemTest):
