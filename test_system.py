@@ -518,6 +518,20 @@ class Pipeline(SystemTest):
             self.assertEqual(processor.wait(20), 0, processor.stderr.read())
         self.assertRevenue({"user1": 1})
 
+    def test_of_two_processors_that_create_the_tables_the_second_waits(self):
+        query("DROP TABLE users_revenue, event_producers, event_logs")
+        log = self.path("log", EVENT + b"\n")
+        first = psycopg2.connect(os.environ["DATABASE_URL"])
+        with contextlib.closing(first), first.cursor() as sql:
+            sql.execute("SELECT pg_advisory_xact_lock(%s)", [data_processor.TABLES_LOCK])
+            sql.execute((HERE / "create_table.sql").read_text())
+            second = self.start("data_processor.py", log)
+            wait_until(lambda: query("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() "
+                                     "AND wait_event_type = 'Lock'"), "the second waits")
+            first.commit()
+            self.assertEqual(second.wait(20), 0, second.stderr.read())
+        self.assertRevenue({"user1": 1})
+
     def test_a_revenue_column_that_would_round_is_refused_and_a_kept_table_is_added_to(self):
         log = self.path("log", EVENT + b"\n")
         for kind in ("double precision", "numeric(10, 2)", "bigint"):
@@ -1165,6 +1179,11 @@ class Http(SystemTest):
             read_answer(deaf)
             self.assertEqual(deaf.recv(1), b"")
 
+    def test_no_two_logs_begin_alike(self):
+        for name in ("one", "two"):
+            self.assertEqual(Server(self, log=name).post(EVENT, Producer_Id="p", Sequence=1)[0], 200)
+        self.assertNotEqual(self.path("one").read_bytes(), self.path("two").read_bytes())
+
     def test_batches(self):
         server = Server(self)
         lines = [EVENT, b"", b"{", EVENT + b"\r", b" \t\r", EVENT.replace(b"1}", b"NaN}")]
@@ -1285,6 +1304,18 @@ class Events(SystemTest):
             (valid if sequence in (b"2", b"9007199254740991") else invalid).append(stamp % (b'"q"', sequence))
         output, _ = self.processor(self.path("log", b"".join(invalid + valid)), status=1)
         self.assertIn(f"{len(valid)} applied, 0 repeated, {len(invalid)} rejected", output)
+
+    def test_no_line_is_decoded_otherwise_for_its_neighbours(self):
+        split = [b'{"a":1},{"b":2\n"c":3}', b'{"a":"x}\n{","b":1}', b'{"a":1\n"b":2}', b'{"a":"x}\n{","b":1}\n{"a":1},{"b":2}',
+                 b'5,{"a":"x}\n{","b":1}', b'{"a":"x}\n{","b":1},5']
+        for event in VALID_EVENTS + INVALID_EVENTS + RESERVED + split:
+            for block in (event, EVENT + b"\n" + event, event + b"\n" + EVENT):
+                lines = [data_processor._decode_or_error(line) for line in block.split(b"\n")]
+                self.assertEqual(repr(data_processor.decode_lines(block + b"\n")), repr(lines), block[:200])
+
+    def test_what_would_continue_a_run_is_a_name_all_the_same(self):
+        lines = [named("q", sequence) for sequence in (2, "3.0", 2**53 - 1, 2**53)]
+        self.assertIn("2 applied, 0 repeated, 2 rejected", self.processor(self.path("log", "".join(lines)), status=1)[0])
 
     def test_decoding_a_block_at_once_is_decoding_it_line_by_line(self):
         chance = random.Random(TORTURE_SEED)
