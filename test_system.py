@@ -57,7 +57,7 @@ def setUpModule():
     except psycopg2.OperationalError as error:
         raise RuntimeError(f"No PostgreSQL to test with ({str(error).strip()}). Start one, or name another with PGHOST, "
                            "PGPORT, PGUSER and PGPASSWORD, or let Debian's postgresql-common start a throwaway one: "
-                           "pg_virtualenv python -m unittest") from None
+                           "pg_virtualenv -t python -m unittest") from None
     administration.autocommit = True
     administer(f"CREATE DATABASE {SCRATCH} ENCODING 'UTF8' TEMPLATE template0")
     info = administration.info
@@ -1890,7 +1890,7 @@ class Readme(SystemTest):
 
     def test_the_first_command_prints_what_the_readme_shows(self):
         command, output = blocks("sh")[0], blocks("")[0]
-        script = re.search(r"pg_virtualenv sh -c '(.*)'\n", command, re.S)[1]
+        script = re.search(r"pg_virtualenv -t sh -c '(.*)'\n", command, re.S)[1]
 
         def normal(text):
             return re.sub(r"in [\d.]+ s", "in 0.1 s", re.sub(r"\d+ workers", "2 workers", text))
@@ -1898,9 +1898,9 @@ class Readme(SystemTest):
 
     def test_the_second_command_runs_the_documented_tests(self):
         self.assertEqual(blocks("sh")[1], "bash .ci/run\n")
-        self.assertIn("\nPATH=\"$environment/bin:$PATH\" LC_ALL=C.UTF-8 pg_virtualenv python -m unittest\n",
+        self.assertIn("\nPATH=\"$environment/bin:$PATH\" LC_ALL=C.UTF-8 pg_virtualenv -t python -m unittest\n",
                       (HERE / ".ci/run").read_text())
-        self.assertIn("`pg_virtualenv python -m unittest`", README)
+        self.assertIn("`pg_virtualenv -t python -m unittest`", README)
 
     def test_the_console_session_prints_what_the_readme_shows(self):
         Server(self, port=self.port)

@@ -493,7 +493,7 @@ def main(arguments=None):
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         description="Measure server.py, client.py and data_processor.py against limits measured in the same run.",
-        epilog="Example: pg_virtualenv python benchmarks/pipeline.py --runs 5 --large 10000000. Works in a scratch "
+        epilog="Example: pg_virtualenv -t python benchmarks/pipeline.py --runs 5 --large 10000000. Works in a scratch "
                "database, which it creates and drops, on the server that DATABASE_URL or libpq's variables name.")
     parser.add_argument("--runs", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--events", type=int, default=1_000_000, help="in a run (default: %(default)s)")
