@@ -765,11 +765,9 @@ class Supervisor:
         signals = {signal.SIGTERM, signal.SIGINT}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         pid = os.fork()
-        if pid == 0:
+        if pid == 0:  # a worker leaves them blocked: a terminal or systemd tells everyone, but the parent decides
             status = 1
             try:
-                for number in signals:
-                    signal.signal(number, signal.SIG_IGN)  # a terminal or systemd tells everyone; the parent decides
                 if not self._stopping:
                     os.close(self._hold)
                 status = self._start_worker(self._lifeline)

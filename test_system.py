@@ -1643,6 +1643,8 @@ class Faults(SystemTest):
             os.kill(worker, signal.SIGSTOP)
             with server.connect() as late:  # accepted by the kernel alone
                 late.sendall(request(body=EVENT))
+                for number in (signal.SIGTERM, signal.SIGINT):  # a terminal or systemd tells everyone
+                    os.kill(worker, number)
                 server.process.terminate()
                 os.kill(worker, signal.SIGCONT)
                 self.assertEqual([read_answer(wire)[0] for wire in (waiting, late)], [200, 200])
