@@ -44,6 +44,7 @@ CHUNK_BYTES = 64 * 1024 * 1024  # one transaction: large, as each one updates ev
 CHUNK_REJECTED = 10_000  # a chunk ends early after so many bad lines, whose reports are kept until it commits
 DIGEST_BYTES = 64 * 1024  # hashed before a position, to know the log again
 
+IDLE_SECONDS = 60  # a processor that vanished with its host, or stands still, holds its locks no longer
 ATTEMPTS = 6  # at one chunk, 0.2 to 3.2 s apart: a PostgreSQL that restarts is back by then
 POLL_SECONDS = 1.0
 PROGRESS_SECONDS = 0.2
@@ -437,8 +438,7 @@ def apply_chunk(connection, log, offset, report):
     those that were read (a copy, a cut, a restored backup), at offset: how far this run came, 0 at first.
     """
     with connection, connection.cursor() as sql:
-        # A processor that vanished with its host must not hold its locks for hours.
-        sql.execute("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+        sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [int(IDLE_SECONDS * 1000)])
         sql.execute("INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id])
         sql.execute("SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id])
         position, digest = sql.fetchone()

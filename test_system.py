@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ from pathlib import Path
 import psycopg2
 import psycopg2.extensions
 
+import client as client_module
 import data_processor
 import server as server_module
 
@@ -88,6 +91,21 @@ def query(statement, parameters=None):
             return sql.fetchall() if sql.description else []
     finally:
         connection.close()
+
+
+def waiting():
+    """Return the process ids of the database's sessions that wait for a lock, those that want users_revenue last."""
+    return [pid for pid, in query("""
+        SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+        ORDER BY query ~ 'users_revenue'""")]
+
+
+@contextlib.contextmanager
+def locked_users():
+    """Return a context in which everyone else waits for users_revenue."""
+    with contextlib.closing(psycopg2.connect(os.environ["DATABASE_URL"])) as connection, connection.cursor() as sql:
+        sql.execute("LOCK TABLE users_revenue")
+        yield
 
 
 def wait_until(condition, what, seconds=20):
@@ -410,10 +428,12 @@ class Pipeline(SystemTest):
         logs = sorted(self.directory.glob("server-events.jsonl*"))
         self.assertGreater(len(logs), 5)
         self.assertEqual(len({log.read_text().partition("\n")[0] for log in logs}), len(logs))
-        self.path("server-events.jsonl.0.gz", b"left alone")
+        for ending in (".0.gz", ".delivery", ".rejected"):
+            self.path(f"server-events.jsonl{ending}", EVENT + b"\n")
         _, errors = self.processor()
         self.assertEqual(errors, "server-events.jsonl.0.gz: compressed, left alone.\n")
         self.assertRevenue(oracle(events))
+        self.assertEqual(server.errors.read_text(), "")
 
     def test_follow_applies_new_events_through_rotations_and_outages_until_it_is_told_to_stop(self):
         server = Server(self)
@@ -442,13 +462,10 @@ class Pipeline(SystemTest):
 
     def test_ctrl_c_ends_the_processor_quietly_even_while_it_waits_for_the_database(self):
         log = self.path("log", EVENT + b"\n")
-        blocker = psycopg2.connect(os.environ["DATABASE_URL"])
-        with contextlib.closing(blocker), blocker.cursor() as sql:
-            sql.execute("LOCK TABLE users_revenue IN EXCLUSIVE MODE")
-            for waiting, arguments in enumerate(([], ["--follow"]), 1):
+        with locked_users():
+            for number, arguments in enumerate(([], ["--follow"]), 1):
                 processor = self.start("data_processor.py", log, *arguments)
-                wait_until(lambda: query("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-                                         "AND wait_event_type = 'Lock'") == [(waiting,)], "the processor waits")
+                wait_until(lambda: len(waiting()) == number, "the processor waits")
                 processor.send_signal(signal.SIGINT)
                 self.assertEqual((processor.communicate(timeout=5), processor.returncode), (("", ""), 130))
         self.processor(log)
@@ -495,9 +512,7 @@ class Pipeline(SystemTest):
     def test_a_database_that_hangs_starves_no_post(self):
         server = Server(self, "--workers", "1")
         self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
-        blocker = psycopg2.connect(os.environ["DATABASE_URL"])
-        with contextlib.closing(blocker), blocker.cursor() as sql:
-            sql.execute("LOCK TABLE users_revenue")
+        with locked_users():
             waiting = [threading.Thread(target=server.ask, args=["GET", "/userEvents/user1"]) for _ in range(20)]
             for thread in waiting:
                 thread.start()
@@ -526,8 +541,7 @@ class Pipeline(SystemTest):
             sql.execute("SELECT pg_advisory_xact_lock(%s)", [data_processor.TABLES_LOCK])
             sql.execute((HERE / "create_table.sql").read_text())
             second = self.start("data_processor.py", log)
-            wait_until(lambda: query("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() "
-                                     "AND wait_event_type = 'Lock'"), "the second waits")
+            wait_until(waiting, "the second waits")
             first.commit()
             self.assertEqual(second.wait(20), 0, second.stderr.read())
         self.assertRevenue({"user1": 1})
@@ -549,6 +563,14 @@ def terminate_backends():
     """End the server side of every connection to the scratch database."""
     return query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                  "WHERE datname = current_database() AND pid <> pg_backend_pid()")
+
+
+def count(path, connection):
+    """Count the events of a log in a connection's transaction."""
+    log = data_processor.Log(path)
+    with contextlib.closing(log.file), connection.cursor() as sql:
+        log.take_end()
+        data_processor.count_once(sql, data_processor.Chunk(log, 0, True))
 
 
 class ExactlyOnce(SystemTest):
@@ -580,15 +602,11 @@ class ExactlyOnce(SystemTest):
         self.client("--url", server.url)
         lines = server.log.read_text().splitlines(keepends=True)
         logs = [server.log, self.path("reversed", "".join(reversed(lines))), self.path("second half", "".join(lines[50_000:]))]
-        blocker = psycopg2.connect(os.environ["DATABASE_URL"])
-        with contextlib.closing(blocker), blocker.cursor() as sql:
-            sql.execute("LOCK TABLE users_revenue IN EXCLUSIVE MODE")
+        with locked_users():
             processors = [self.start("data_processor.py", log) for log in logs * 2]
-            waiting = """SELECT pid, query FROM pg_stat_activity WHERE datname = current_database()
-                         AND wait_event_type = 'Lock' ORDER BY query ~ 'users_revenue'"""
-            wait_until(lambda: len(query(waiting)) == len(processors), "all wait for each other")
+            wait_until(lambda: len(waiting()) == len(processors), "all wait for each other")
             processors[0].kill()
-            query("SELECT pg_terminate_backend(%s)", [query(waiting)[-1][0]])
+            query("SELECT pg_terminate_backend(%s)", [waiting()[-1]])
         self.assertEqual([processor.wait(60) for processor in processors], [-signal.SIGKILL] + 5 * [0])
         self.processor(*logs)
         self.assertRevenue(oracle(events))
@@ -658,14 +676,10 @@ class ExactlyOnce(SystemTest):
         for start in (1, 3):
             first, second = (self.path(f"log{n}", named("p", n) + named("p", n + 1)) for n in (start, start + 1))
             connection = data_processor.open_database()
-            with contextlib.closing(connection), connection.cursor() as sql:
-                log = data_processor.Log(first)
-                self.addCleanup(log.file.close)
-                log.take_end()
-                data_processor.count_once(sql, data_processor.Chunk(log, 0, True))
+            with contextlib.closing(connection):
+                count(first, connection)
                 other = self.start("data_processor.py", second)
-                wait_until(lambda: query("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() "
-                                         "AND wait_event_type = 'Lock'"), "the other waits")
+                wait_until(waiting, "the other waits")
                 connection.commit()
                 self.assertEqual(other.wait(20), 0, other.stderr.read())
             self.assertRevenue({"user1": start + 2})
@@ -674,34 +688,100 @@ class ExactlyOnce(SystemTest):
         log = self.path("plain", EVENT + b"\n")
         self.processor(log)
         log.write_bytes(2 * log.read_bytes())
-        blocker = psycopg2.connect(os.environ["DATABASE_URL"])
-        with contextlib.closing(blocker), blocker.cursor() as sql:
-            sql.execute("LOCK TABLE users_revenue IN EXCLUSIVE MODE")
+        with locked_users():
             processors = [self.start("data_processor.py", log) for _ in range(3)]
-            wait_until(lambda: query("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-                                     "AND wait_event_type = 'Lock'") == [(3,)], "all wait")
+            wait_until(lambda: len(waiting()) == 3, "all wait")
         self.assertEqual([processor.wait(20) for processor in processors], [0, 0, 0])
         self.assertRevenue({"user1": 2})
 
     def test_a_producer_that_was_read_is_not_changed_by_others_until_the_commit(self):
         first, second = (self.path(f"log{n}", named("p", n) + named("p", 2)) for n in (1, 3))
         self.processor(self.path("known", named("p", 9)))
-        log = data_processor.Log(first)
-        self.addCleanup(log.file.close)
-        log.take_end()
         totals, other = data_processor.Chunk.totals, []
 
         def decide(chunk, *arguments):  # between the reading of the producers and the writing
             other.append(self.start("data_processor.py", second))
-            wait_until(lambda: other[0].poll() is not None or query(
-                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"), "the other waits")
+            wait_until(lambda: other[0].poll() is not None or waiting(), "the other waits")
             return totals(chunk, *arguments)
         connection = data_processor.open_database()
         with contextlib.closing(connection), connection, unittest.mock.patch.object(data_processor.Chunk, "totals", decide):
-            with connection.cursor() as sql:
-                data_processor.count_once(sql, data_processor.Chunk(log, 0, True))
+            count(first, connection)
         self.assertEqual(other[0].wait(20), 0)
         self.assertRevenue({"user1": 4})
+
+    def test_two_processors_come_between_any_two_statements_of_a_third(self):
+        connect = psycopg2.connect
+
+        def intrude(path):
+            connection = connect(os.environ["DATABASE_URL"], options="-c lock_timeout=20ms")
+            with contextlib.closing(connection), contextlib.suppress(psycopg2.errors.LockNotAvailable):
+                count(path, connection)
+                connection.commit()
+
+        class Cursor(psycopg2.extensions.cursor):
+            def execute(self, *arguments):
+                for at, path in zip(intrusions, paths[1:]):
+                    if at == self.connection.steps:
+                        intrude(path)
+                self.connection.steps += 1
+                super().execute(*arguments)
+
+        class Interrupted(psycopg2.extensions.connection):
+            steps = 0
+
+            def cursor(self, *arguments, **options):
+                return super().cursor(*arguments, cursor_factory=Cursor, **options)
+        paths = [self.path(f"log{a}{b}", named("p", a) + named("p", b)) for a, b in ((1, 2), (2, 3), (1, 3))]
+        for first in range(5):
+            for second in range(first, 5):
+                intrusions = first, second
+                query("TRUNCATE users_revenue, event_producers, event_logs")
+                with contextlib.closing(connect(os.environ["DATABASE_URL"], connection_factory=Interrupted)) as connection:
+                    count(paths[0], connection)
+                    connection.commit()
+                    self.assertTrue(connection.steps, "nobody came between")
+                for path in paths:
+                    intrude(path)
+                self.assertEqual(query("SELECT revenue FROM users_revenue"), [(3,)], intrusions)
+
+    def test_two_processors_never_wait_for_each_other(self):
+        users = [f"user{number}" for number in range(10_000)]
+        logs = [self.path(producer, "".join(named(producer, number, user) for number, user in enumerate(order, 1)))
+                for producer, order in (("p", users), ("q", users[::-1]))]
+        deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        before = query(deadlocks)
+        with locked_users():
+            processors = [self.start("data_processor.py", log) for log in logs]
+            wait_until(lambda: len(waiting()) == 2, "both wait")
+        self.assertEqual([processor.wait(30) for processor in processors], [0, 0])
+        wait_until(lambda: query("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()") == [(1,)],
+                   "their sessions have ended and counted their deadlocks")
+        self.assertEqual(query(deadlocks), before)
+
+    def test_a_processor_that_stands_still_does_not_hold_up_the_others_for_long(self):
+        log = self.path("log", named("p", 1))
+        count_once, outputs = data_processor.count_once, []
+
+        def stand_still(sql, chunk):
+            counted = count_once(sql, chunk)
+            if not outputs:
+                outputs.append(self.processor(log)[0])
+            return counted
+        processor = data_processor.Processor()
+        with silence(), unittest.mock.patch.multiple(data_processor, count_once=stand_still, IDLE_SECONDS=0.2):
+            processor.run_once([str(log)])
+        processor.connection.close()
+        self.assertIn("1 applied", outputs[0])
+        self.assertRevenue({"user1": 1})
+
+    def test_a_chunk_is_bounded_in_bytes_and_in_bad_lines(self):
+        for line, limits in ((named("p", 1), {"CHUNK_BYTES": 1000}), ("x\n", {"CHUNK_REJECTED": 100})):
+            log = data_processor.Log(self.path("log", 1000 * line))
+            with contextlib.closing(log.file), unittest.mock.patch.multiple(data_processor, BLOCK_BYTES=500, **limits):
+                log.take_end()
+                chunk = data_processor.Chunk(log, 0, True)
+            self.assertEqual(len(chunk.users) + len(chunk.rejected), chunk.end // len(line))
+            self.assertLess(chunk.end, 2000)
 
     def test_a_log_that_is_not_the_one_read_before_is_read_to_its_end_in_chunks(self):
         log = self.path("log", "".join(named("p", n) for n in range(1, 4)))
@@ -856,6 +936,30 @@ class Client(SystemTest):
             if rejected:
                 self.assertEqual(Path(f"{events}.rejected").read_bytes(), b"\n".join(rejected) + b"\n")
         self.processor()
+
+    def test_a_delivery_is_kept_until_answers_rejected_lines_and_receipt_are_safe(self):
+        state, seen = self.path("events.jsonl.delivery"), []
+
+        def post(_count, _body):
+            seen.append(state.exists())
+            return 200, {}, b'{"accepted": 1, "rejected": [{"line": 2, "error": "wrong"}]}'
+        receiver, gone = os.pipe()
+        os.close(receiver)
+        self.addCleanup(os.close, gone)
+        self.path("events.jsonl", (EVENT + b"\n") * 40)
+        with Recorder(options=[(204, {"Accept-Post": "application/x-ndjson"}, b"")], post=post) as server:
+            arguments = ["--url", server.url, "--batch-size", "2"]
+            self.path("events.jsonl.rejected").mkdir()
+            self.assertIn("Is a directory", self.client(*arguments, status=1)[1])
+            self.assertTrue(state.exists(), "forgotten before the rejected lines were kept")
+            self.path("events.jsonl.rejected").rmdir()
+            subprocess.run([sys.executable, HERE / "client.py", *arguments], cwd=self.directory, stdout=gone,
+                           stderr=subprocess.DEVNULL)
+            self.assertTrue(state.exists(), "forgotten before the receipt was given")
+            self.client(*arguments, status=1)
+            self.assertFalse(state.exists())
+        self.assertEqual(seen, [True] * 60)
+        self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
 
     def test_ctrl_c_ends_it_quietly_and_it_goes_on_later(self):
         server = Server(self)
@@ -1316,6 +1420,9 @@ class Events(SystemTest):
     def test_what_would_continue_a_run_is_a_name_all_the_same(self):
         lines = [named("q", sequence) for sequence in (2, "3.0", 2**53 - 1, 2**53)]
         self.assertIn("2 applied, 0 repeated, 2 rejected", self.processor(self.path("log", "".join(lines)), status=1)[0])
+        self.processor(self.path("alternating", "".join(map(named, "rssr", (1, 2, 3, 4)))))
+        self.assertEqual(query("SELECT applied::text FROM event_producers WHERE producer_id IN ('r', 's') ORDER BY producer_id"),
+                         [("{[1,2),[4,5)}",), ("{[2,4)}",)])
 
     def test_decoding_a_block_at_once_is_decoding_it_line_by_line(self):
         chance = random.Random(TORTURE_SEED)
@@ -1469,6 +1576,30 @@ class Faults(SystemTest):
         self.assertGreater(min(fired[fault] for fault in FaultySystem.FAULTS if not fault.startswith("short")), 20)
         self.assertGreaterEqual(min(fired.values()), 3)
 
+    def test_an_event_that_comes_at_any_step_of_another_is_logged_and_answered(self):
+        first, second = named("p", 1).encode(), named("p", 2).encode()
+
+        class Interrupted(FaultySystem):
+            def _call(self, name, real, *arguments, **options):
+                self._state["count"] += 1
+                if self._state["count"] == at:
+                    others.append(threading.Thread(target=log.append, args=[second, outcomes.append]))
+                    others[0].start()
+                    wait_until(lambda: second in [lines for lines, _ in log._group], "the other has joined a group")
+                return real(*arguments, **options)
+        for at in itertools.count(1):
+            path, state, outcomes, others = self.path(f"log{at}"), {"count": 0}, [], []
+            log = server_module.Log(str(path))
+            with unittest.mock.patch.multiple(server_module, os=Interrupted(os, state, path), fcntl=Interrupted(fcntl, state, path)):
+                log.append(first, outcomes.append)
+                for other in others:
+                    other.join(20)
+            os.close(log._fd)
+            if not others:
+                break
+            self.assertEqual((outcomes, names_in(path)), ([None, None], [("p", 1), ("p", 2)]), at)
+        self.assertGreater(at, 5)
+
     def test_every_step_of_a_chunk(self):
         """Raise at each statement, at COMMIT, and just after it; break the connection, or end the run."""
         logs = [self.path("one", "".join(named("p", n, f"user{n % 3}") for n in (1, 2, 3, 2, 8)) + f"bad\n{EVENT.decode()}\n"),
@@ -1588,6 +1719,43 @@ class Faults(SystemTest):
             server.truncate(len(named("p", 1)))
         self.assertEqual(processor.wait(20), 0)
         self.assertRevenue({"user1": 1})
+
+    def test_a_log_that_is_rotated_while_it_is_opened_anew_is_followed(self):
+        path = self.path("log")
+        log = server_module.Log(str(path))
+        path.rename(self.path("first"))
+        reopen = log._open
+
+        def open_and_rotate():
+            fd = reopen()
+            if not self.path("second").exists():
+                path.rename(self.path("second"))
+            return fd
+        with unittest.mock.patch.object(log, "_open", open_and_rotate):
+            append(log, named("p", 1).encode())
+        os.close(log._fd)
+        self.assertEqual([self.path(name).stat().st_size for name in ("first", "second")], [0, 0])
+        self.assertEqual(names_in(path), [("p", 1)])
+
+    def test_what_a_power_cut_must_not_take_is_synced_in_order(self):
+        steps = []
+
+        def trace(name, real):
+            return lambda *arguments: (steps.append(name), real(*arguments))[1]
+
+        def fsync(fd):
+            steps.append("sync directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file")
+        with unittest.mock.patch.object(os, "fsync", fsync):
+            os.close(server_module.Log(str(self.path("log")))._fd)
+        self.assertEqual(steps, ["sync directory"])
+        steps.clear()
+        answer = trace("request", lambda *_: (200, {}, b'{"accepted": 0, "rejected": [{"line": 1, "error": "wrong"}]}'))
+        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        with (Recorder(options=[(204, {"Accept-Post": "application/x-ndjson"}, b"")], post=answer) as server, silence(),
+              unittest.mock.patch.multiple(os, fsync=fsync, replace=trace("rename", os.replace), unlink=trace("unlink", os.unlink))):
+            self.assertEqual(client_module.main([str(self.path("events.jsonl", EVENT)), "--url", server.url]), 1)
+        publish = ["sync file", "rename", "sync directory"]
+        self.assertEqual(steps, [*publish, "request", *publish, "unlink", "sync directory"])
 
     def test_a_full_disk_is_answered_with_507_and_service_returns_with_space(self):
         disk = self.path("disk")
@@ -1791,12 +1959,12 @@ class Audit(SystemTest):
         output, _ = self.processor("--verify", *logs, copy)
         self.assertEqual(output, "users_revenue and the logs agree on 4 users.\n")
         self.assertEqual(query("SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7"), before)
-        query("UPDATE users_revenue SET revenue = revenue + 0.01 WHERE user_id = 'user2'")
+        query("UPDATE users_revenue SET revenue = revenue + 1e30 + 0.01 WHERE user_id = 'user2'")
         query("DELETE FROM users_revenue WHERE user_id = 'user9'")
         query("INSERT INTO users_revenue VALUES ('older', 5)")
         output, _ = self.processor("--verify", *logs, status=1)
         self.assertEqual(output.splitlines()[:3], ["older: 5 in users_revenue, 0 in the logs, difference 5",
-                                                   "user2: 0.11 in users_revenue, 0.10 in the logs, difference 0.01",
+                                                   f"user2: 1{0:030}.11 in users_revenue, 0.10 in the logs, difference 1{0:030}.01",
                                                    "user9: 0 in users_revenue, -7 in the logs, difference 7"])
         self.assertIn("3 users differ", output)
 
