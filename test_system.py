@@ -2059,7 +2059,7 @@ class Readme(SystemTest):
         return run.stdout.replace(f":{self.port}", ":8000").replace("\r", "")
 
     def test_the_first_command_prints_what_the_readme_shows(self):
-        command, output = blocks("sh")[0], blocks("")[0]
+        command, output = blocks("sh")[0], re.sub(".* cluster .*\n", "", blocks("")[0])  # pg_virtualenv's words
         script = re.search(r"pg_virtualenv -t sh -c '(.*)'\n", command, re.S)[1]
 
         def normal(text):
@@ -2068,7 +2068,7 @@ class Readme(SystemTest):
 
     def test_the_second_command_runs_the_documented_tests(self):
         self.assertEqual(blocks("sh")[1], "bash .ci/run\n")
-        self.assertIn("\nPATH=\"$environment/bin:$PATH\" LC_ALL=C.UTF-8 pg_virtualenv -t python -m unittest\n",
+        self.assertIn("\nPATH=\"$environment/bin:$PATH\" LC_ALL=C.UTF-8 pg_virtualenv -t python -m unittest ",
                       (HERE / ".ci/run").read_text())
         self.assertIn("`pg_virtualenv -t python -m unittest`", README)
 
