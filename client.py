@@ -81,10 +81,9 @@ class Delivery:
         self.size = os.fstat(self.file.fileno()).st_size
         content = {"size": self.size, "sha256": hashlib.file_digest(self.file, "sha256").hexdigest()}
         self.file.seek(0)
-        self.resumed = os.path.exists(self.state_path) and not restart
-        if self.resumed:
-            self.producer = self._resume(content)
-        else:
+        self.producer = None if restart else self._resume(content)
+        self.resumed = self.producer is not None
+        if not self.resumed:
             self.producer = secrets.token_urlsafe(16)
             with open(self.state_path + ".new", "w") as state:
                 json.dump({"producerId": self.producer} | content, state)
@@ -99,6 +98,8 @@ class Delivery:
             producer = state.pop("producerId")
             if not isinstance(producer, str) or not producer:
                 raise ValueError
+        except FileNotFoundError:
+            return None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Failure(f"{self.state_path} cannot be understood. {advice}") from None
         if state != content:
@@ -181,6 +182,7 @@ class Rejects:
             if self._file is None:
                 self._file = open(self._path + ".new", "wb")
             offset, end = batch.offsets[number - batch.first:][:2]
+            ended = False
             while piece := os.pread(self._delivery.file.fileno(), min(BATCH_BYTES, end - offset), offset):
                 self._file.write(piece)
                 offset += len(piece)
@@ -225,7 +227,6 @@ class Sender:
         if status in (404, 405, 501):
             return False
         self._check(status, payload)
-        self._last_success = time.monotonic()
         return NDJSON in headers.get("Accept-Post", "")
 
     def deliver(self, batch):
@@ -257,16 +258,13 @@ class Sender:
             complete = False
         if not complete:
             raise Retry(f"the answer {_excerpt(payload)} does not account for every line")
-        self._last_success = time.monotonic()
         return rejected.items()
 
     def _post_event(self, number, line):
         status, _, payload = self._exchange("POST", line.strip(), {"Content-Type": JSON, "Sequence": str(number)})
         if status in (400, 413, 422):
-            self._last_success = time.monotonic()
             return _words(payload) or f"refused with status {status}"
         self._check(status, payload)
-        self._last_success = time.monotonic()
         return None
 
     def stop(self):
@@ -279,7 +277,9 @@ class Sender:
         backoff = FIRST_BACKOFF_SECONDS
         while not self._stopped.is_set():
             try:
-                return attempt(*arguments)
+                result = attempt(*arguments)
+                self._last_success = time.monotonic()
+                return result
             except Retry as error:
                 reason = error
             if time.monotonic() - self._last_success > self._give_up_after:
@@ -356,20 +356,19 @@ class Progress:
 def send(delivery, sender, batch_size):
     """Deliver every line; return (events accepted, lines rejected), or raise Failure naming the lines that were not
     delivered."""
-    accepted = done = 0
+    accepted = 0
     last, end = 0, 0  # the last line that is being sent, and where it ends in the file
     rejects, progress = Rejects(delivery), Progress(delivery.size)
     pending = collections.deque()  # (batch, future), in the order of the file
 
     def settle():
-        nonlocal accepted, done
+        nonlocal accepted
         batch, future = pending[0]
         future.result()
         pending.popleft()
         rejects.add(batch)
         accepted += batch.accepted
-        done += batch.size
-        progress.show(accepted, done)
+        progress.show(accepted, batch.offsets[-1])
 
     with concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS) as threads:
         try:

@@ -9,22 +9,21 @@ import argparse
 import bisect
 import collections
 import decimal
-import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
-import select
 import signal
 import sys
+import threading
 import time
 from decimal import Decimal
 from pathlib import Path
 
 try:
     import psycopg2
-    import psycopg2.extensions
 except ImportError:
     sys.exit("The PostgreSQL driver is missing; install it with: python -m pip install -r requirements.txt")
 
@@ -63,6 +62,7 @@ class Failure(Exception):
 
 JSON_SPACE = " \t\r\n"
 JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')  # unterminated, too: it must be found in linear time
+SURROGATE = re.compile("[\ud800-\udfff]")
 PRODUCER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STAMP = re.compile(rb', (?:"log": "[0-9a-f]+", )?"producerId": "[A-Za-z0-9_-]{1,64}", "sequence": [0-9]{1,16}\}$')
 
@@ -139,7 +139,8 @@ def amount_of(event):
     """Return what the decoded event adds to its user's revenue, an exact int or Decimal, or raise ValueError with the
     rule that it breaks."""
     user, name, value = event.get("userId"), event.get("name"), event.get("value")
-    if type(user) is not str or not 1 <= len(user) <= 255 or "\0" in user or not (user.isascii() or _encodes(user)):
+    if (type(user) is not str or not 1 <= len(user) <= 255 or "\0" in user
+            or not user.isascii() and SURROGATE.search(user)):
         raise ValueError("userId must be a string of 1 to 255 characters, without NUL or a lone surrogate")
     if type(value) is int:
         if not -VALUE_LIMIT < value < VALUE_LIMIT:
@@ -155,13 +156,6 @@ def amount_of(event):
     if name == "subtract_revenue":
         return -value if type(value) is int else value.copy_negate()  # unary minus would round
     raise ValueError("name must be add_revenue or subtract_revenue")
-
-
-def _encodes(user):
-    try:
-        return bool(user.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def check_name(producer, sequence):
@@ -192,6 +186,14 @@ def end_of_lines(fd, size):
             return start + newline + 1
         size = start
     return 0
+
+
+def leads_to(path, fd):
+    """Tell whether path still leads to the open file fd, which was neither renamed nor removed."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 class Progress:
@@ -232,12 +234,12 @@ class Log:
         self.path = path
         self.file = open(path, "rb", buffering=0)
         self.drained = None  # the end up to which this run has applied it
-        self.progress = Progress(path)
         self.log_id = None
         self.end = self.unfinished = 0
 
     def take_end(self):
-        """Set end and unfinished. The lock keeps out a server that is about to take a failed write back."""
+        """Set end and unfinished, and begin to show progress. The lock keeps out a server that is about to take a
+        failed write back."""
         fd = self.file.fileno()
         fcntl.flock(fd, fcntl.LOCK_SH)
         try:
@@ -246,20 +248,10 @@ class Log:
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
         self.unfinished = size - self.end
+        self.progress = Progress(self.path)
         if self.end and not self.log_id:
-            self.log_id = self._hash_first_line()
-
-    def _hash_first_line(self):
-        first_line = hashlib.sha256()
-        offset, piece = 0, b""
-        while not piece.endswith(b"\n"):
-            piece = self.read(offset, DIGEST_BYTES)
-            if not piece:
-                raise OSError(errno.EIO, "truncated while it was read")
-            piece = piece[:piece.find(b"\n") + 1] or piece
-            first_line.update(piece)
-            offset += len(piece)
-        return first_line.digest()
+            # A block holds every line that the server writes.
+            self.log_id = hashlib.sha256(b"".join(self.read(0, BLOCK_BYTES).partition(b"\n")[:2])).digest()
 
     def read(self, offset, length):
         """Return length bytes at offset, fewer only at the end of the file."""
@@ -273,13 +265,6 @@ class Log:
         start = max(0, position - DIGEST_BYTES)
         data = self.read(start, position - start)
         return hashlib.sha256(data).digest() if len(data) == position - start else None
-
-    def moved(self):
-        """Tell whether the path no longer leads to this file: it was renamed or removed."""
-        try:
-            return not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
-        except FileNotFoundError:
-            return True
 
     def blocks(self, offset):
         """Yield (offset, whole lines, offset behind them) up to end. Of a line longer than a block only the beginning
@@ -304,10 +289,8 @@ class Log:
 class Ranges:
     """A set of integers as disjoint half-open ranges: the even items of bounds begin one, the odd items end it."""
 
-    def __init__(self, ranges=()):
+    def __init__(self):
         self.bounds = []
-        for low, high in ranges:
-            self.add(low, high)
 
     def missing(self, low, high):
         """Return the parts of [low, high) that are not in the set, in order."""
@@ -320,20 +303,16 @@ class Ranges:
         first, last = bisect.bisect_left(self.bounds, low), bisect.bisect_right(self.bounds, high)
         self.bounds[first:last] = [low] * (first % 2 == 0) + [high] * (last % 2 == 0)
 
-    def pairs(self):
-        """Return the ranges, in order."""
-        return zip(self.bounds[::2], self.bounds[1::2])
-
     def __str__(self):
         """Return an int8multirange literal."""
-        return "{%s}" % ",".join([f"[{low},{high})" for low, high in self.pairs()])
+        return "{%s}" % ",".join([f"[{low},{high})" for low, high in zip(self.bounds[::2], self.bounds[1::2])])
 
 
 class Chunk:
     """The events between two offsets of a log, decoded, and not yet counted.
 
-    users[i] and amounts[i] are one event. A run (producer, sequence, i) says that the events from i to the next run
-    have consecutive names; without a name, producer and sequence are None.
+    users[i] and amounts[i] are one event. A run (producer, first, end, i) says that the events from i on have the names
+    from (producer, first) to (producer, end - 1). Events without a name are named ("", i), which are never the same.
     """
 
     def __init__(self, log, start, nameless_allowed):
@@ -347,6 +326,10 @@ class Chunk:
             self._add(offset, block)
             if self.end - start >= CHUNK_BYTES or len(self.rejected) >= CHUNK_REJECTED:
                 break
+        stops = [at for _, _, at in self.runs[1:]] + [len(self.users)]
+        # In the order of their names, in which Ranges are fast.
+        self.runs = sorted([(producer or "", first, first + stop - at, at)
+                            for (producer, first, at), stop in zip(self.runs, stops)])
 
     def _add(self, offset, block):
         users, amounts = self.users, self.amounts
@@ -366,9 +349,12 @@ class Chunk:
                         producer = expected = None
                     check_unnamed(event)
                 else:
-                    if (sequence != expected or sequence > MAX_SEQUENCE or type(sequence) is not int
-                            or event.get("producerId") != producer):
-                        producer = self._begin_run(event.get("producerId"), sequence)
+                    named_by = event.get("producerId")
+                    if (sequence != expected or named_by != producer or sequence > MAX_SEQUENCE
+                            or type(sequence) is not int):
+                        check_name(named_by, sequence)
+                        self.runs.append((named_by, sequence, len(users)))
+                        producer = named_by
                     expected = sequence + 1
             except ValueError as error:
                 rejected.append((number, error))
@@ -377,13 +363,8 @@ class Chunk:
             amounts.append(amount)
         self._producer, self._expected = producer, expected
         if rejected:
-            lengths = [len(line) + 1 for line in block.split(b"\n")]
-            self.rejected += [(offset + sum(lengths[:number]), str(error)) for number, error in rejected]
-
-    def _begin_run(self, producer, sequence):
-        check_name(producer, sequence)
-        self.runs.append((producer, sequence, len(self.users)))
-        return producer
+            offsets = list(itertools.accumulate([len(line) + 1 for line in block.split(b"\n")], initial=offset))
+            self.rejected += [(offsets[number], str(error)) for number, error in rejected]
 
     def _begin_nameless_run(self):
         if not self._nameless_allowed:
@@ -391,38 +372,28 @@ class Chunk:
             raise ValueError("an event without producerId and sequence, in a log that is not the one read before: "
                              "whether it was counted cannot be known (move the file aside and send what is new in it "
                              "with python client.py FILE)")
-        self.runs.append((None, None, len(self.users)))
+        self.runs.append((None, len(self.users), len(self.users)))
 
     def names(self):
-        """Return {producer: Ranges of its sequences}, and the slices [(producer, sequence, start, stop)] of events that
-        are left when an event that stands in this chunk twice is taken once."""
-        names, slices = collections.defaultdict(Ranges), []
-        stops = [start for _, _, start in self.runs[1:]] + [len(self.users)]
-        # In the order of their names, in which Ranges are fast.
-        ordered = sorted(zip(self.runs, stops), key=lambda run: (run[0][0] or "", run[0][1] or 0))
-        for (producer, first, start), stop in ordered:
-            if producer is None:
-                slices.append((None, None, start, stop))
-            else:
-                known, end = names[producer], first + stop - start
-                slices += [(producer, a, start + a - first, start + b - first) for a, b in known.missing(first, end)]
-                known.add(first, end)
-        return names, slices
+        """Return {producer: Ranges of its sequences}."""
+        names = collections.defaultdict(Ranges)
+        for producer, first, end, _ in self.runs:
+            if producer:
+                names[producer].add(first, end)
+        return names
 
-    def totals(self, slices, applied):
-        """Return {user: exact sum} over the slices less what is in applied, {producer: Ranges}, and the number of
-        events that are in it."""
+    def totals(self, counted):
+        """Return {user: exact sum} over the events whose names are not in counted, {producer: Ranges}, and how many
+        they are. Add their names there, so that an event that stands in this chunk twice is taken once."""
         totals, count = {}, 0
         with decimal.localcontext(EXACT):
-            for producer, first, start, stop in slices:
-                missing = [(start, stop)]
-                if producer in applied:
-                    missing = [(start + a - first, start + b - first)
-                               for a, b in applied[producer].missing(first, first + stop - start)]
-                for a, b in missing:
-                    for user, amount in zip(self.users[a:b], self.amounts[a:b]):
+            for producer, first, end, start in self.runs:
+                for low, high in counted[producer].missing(first, end):
+                    events = slice(start + low - first, start + high - first)
+                    for user, amount in zip(self.users[events], self.amounts[events]):
                         totals[user] = totals.get(user, 0) + amount
-                    count += b - a
+                    count += high - low
+                counted[producer].add(first, end)
         return totals, count
 
 
@@ -461,7 +432,7 @@ def count_once(sql, chunk):
     processors that meet the same name the second waits and then sees what the first has committed. Producers, then
     users, are taken in the order of their bytes, so that two processors cannot each wait for the other.
     """
-    names, slices = chunk.names()
+    names = chunk.names()
     ranges = json.dumps({producer: str(names[producer]) for producer in sorted(names)})
     sql.execute("""
         INSERT INTO event_producers (producer_id)
@@ -478,7 +449,7 @@ def count_once(sql, chunk):
     for producer, low, high in sql:
         applied[producer].add(low, high)
 
-    totals, count = chunk.totals(slices, applied)
+    totals, count = chunk.totals(applied)
     if count:
         sql.execute("""
             UPDATE event_producers AS known SET applied = applied + ranges::int8multirange
@@ -519,12 +490,10 @@ def open_database(readonly=False):
     """Return a connection to a database that has the tables, creating those that are missing. Raise Failure when there
     is none or it does not fit, or psycopg2.Error when it fails while that is being looked at."""
     try:
-        psycopg2.extensions.set_wait_callback(None)  # connect_timeout has no effect on a connection that uses one
         connection = connect(connect_timeout=10)
     except psycopg2.Error as error:
         raise Failure(f"No database: {first_line(error)}. Start PostgreSQL, or name another one with DATABASE_URL or "
                       "PGHOST, PGPORT, PGUSER, PGPASSWORD and PGDATABASE.") from error
-    psycopg2.extensions.set_wait_callback(wait_interruptibly)
     prepare_database(connection, readonly)
     return connection
 
@@ -562,13 +531,6 @@ def check_columns(columns):
     if user != "text" and not (user and user.startswith("character varying") and not 0 <= modifier < 255 + 4):
         raise Failure(f"users_revenue.user_id is {user or 'missing'}, which cannot hold every user; mend it with: "
                       "ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text")
-
-
-def wait_interruptibly(connection):
-    """Wait for a psycopg2 connection as its wait callback, so that Ctrl-C and SIGTERM are heard meanwhile."""
-    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        reading = state == psycopg2.extensions.POLL_READ
-        select.select([connection][:reading], [connection][reading:], [])
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -619,7 +581,8 @@ class Processor:
         log = self.logs.get(path)
         if not log and self.follow and not os.path.exists(path):
             return self._say_once(path, "does not exist yet; waiting for it.")
-        if log and log.moved():  # the server writes nothing more to it, once the lock was taken after the renaming
+        if log and not leads_to(path, log.file.fileno()):
+            # The server writes nothing more to it, once the lock was taken after the renaming.
             self._drain(log)
             self.logs.pop(path).file.close()
             log = None
@@ -633,7 +596,6 @@ class Processor:
         log.take_end()
         if log.end == log.drained and self.follow:
             return
-        log.progress = Progress(log.path)
         applied = repeated = rejected = offset = 0
         while log.end:
             tally = self._patiently(apply_chunk, log, offset, self._report)
@@ -725,6 +687,13 @@ def follow(processor, named):
         time.sleep(backoff)
 
 
+def exit_on(statuses):
+    """From now on end the process on these signals with their statuses, at once: the database takes back what is under
+    way, and may be what the process waits for."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, statuses)
+    threading.Thread(target=lambda: os._exit(statuses[signal.sigwait(statuses)]), daemon=True).start()
+
+
 def main(arguments=None):
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
@@ -740,11 +709,9 @@ def main(arguments=None):
                       help="change nothing; compare the sums over the logs with the database")
     options = parser.parse_args(arguments)
     processor = Processor(options.follow)
-    # At once: the database takes back what is under way, and may be what the process waits for.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    exit_on({signal.SIGINT: 130} | ({signal.SIGTERM: 0} if options.follow else {}))
     try:
         if options.follow:
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
             follow(processor, options.logs)
         if options.verify:
             return 0 if verify(options.logs) else 1

@@ -5,6 +5,7 @@ Requests that arrive during a sync share the next one (group commit).
 """
 import argparse
 import concurrent.futures
+import contextlib
 import email.utils
 import errno
 import fcntl
@@ -28,7 +29,7 @@ import urllib.parse
 import psycopg2
 
 from data_processor import (DEFAULT_LOG, MAX_SEQUENCE, amount_of, check_name, check_unnamed, connect, decode_event,
-                            decode_lines, end_of_lines)
+                            decode_lines, end_of_lines, leads_to)
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_LINES = 10_000
@@ -77,16 +78,12 @@ class Log:
         self._fd = self._open()
 
     def _open(self):
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
         try:
-            directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
-            try:
-                self._sync(os.fsync, directory)  # the name must be as durable as the lines
-            finally:
-                os.close(directory)
-        except OSError:
-            os.close(fd)
-            raise
+            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._sync(os.fsync, directory)  # the name must be as durable as the lines
+        finally:
+            os.close(directory)
         return fd
 
     def _sync(self, sync, fd):
@@ -143,18 +140,13 @@ class Log:
         """Lock the file that path leads to, opening it anew after a rotation, and return the end of its last line."""
         if self.failed:
             raise self.failed
-        while True:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            ours = os.fstat(self._fd)
-            try:
-                if os.path.samestat(os.stat(self.path), ours):
-                    break
-            except FileNotFoundError:
-                pass
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        while not leads_to(self.path, self._fd):
             new = self._open()
             os.close(self._fd)
             self._fd = new
-        end = size = ours.st_size
+            fcntl.flock(new, fcntl.LOCK_EX)
+        end = size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             # A line that a killed or failed writer left unfinished: never acknowledged.
             end = end_of_lines(self._fd, size)
@@ -168,22 +160,6 @@ def _name_log(data):
     end = data.index(b"\n")
     at = data.rindex(b', "producerId": ', 0, end)
     return b'%b, "log": "%b"%b' % (data[:at], secrets.token_hex(16).encode(), data[at:])
-
-
-class Names:
-    """The names that a worker gives to events that come without one: a random producer id and a counter."""
-
-    def __init__(self):
-        self.producer = secrets.token_urlsafe(16)
-        self._next = 1
-        self._lock = threading.Lock()
-
-    def take(self, count):
-        """Reserve count sequence numbers and return the first."""
-        with self._lock:
-            first = self._next
-            self._next += count
-        return first
 
 
 def stamp(text, producer, sequence):
@@ -241,11 +217,10 @@ class Database:
 
     def _hang_up(self):
         """Make the thread's wait for an answer end."""
-        try:
+        # Else it is still connecting, which ends by itself, or it has just come to an end.
+        with contextlib.suppress(AttributeError, OSError, psycopg2.Error):
             with socket.socket(fileno=os.dup(self._connection.fileno())) as wire:
                 wire.shutdown(socket.SHUT_RDWR)
-        except (AttributeError, OSError, psycopg2.Error):
-            pass  # it is still connecting, which ends by itself, or it has just come to an end
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
@@ -258,10 +233,10 @@ LOOPBACK_HOST = re.compile(rb"(?i)(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?
 ONCE = {b"host", b"authorization", b"content-length", b"transfer-encoding", b"content-type", b"producer-id",
         b"sequence", b"expect"}
 
-
 JSON, NDJSON = "application/json", "application/x-ndjson"
 ACCEPT_POST = {"Accept-Post": f"{JSON}, {NDJSON}"}
 RECEIVED = b'{"message": "Event received"}'
+TOO_LARGE = 413, "the body must be at most 1 MiB long"
 
 
 class Refusal(Exception):
@@ -272,7 +247,7 @@ class Refusal(Exception):
         self.answer = status, json.dumps({"error": error}).encode(), dict(headers)
 
 
-class PeerGone(Exception):
+class PeerGone(OSError):
     """The connection ended where a request should have gone on, or began none."""
 
 
@@ -324,12 +299,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return  # it is sent when the events are on the disk
             except Refusal as refusal:
                 answer = refusal.answer
-            except PeerGone:
+            except OSError:  # the connection broke, or we ended its reading
                 if not self.server.overdue(self.connection) or self.method is None:
                     return
                 answer = Refusal(408, "the request took longer than 30 seconds").answer
-            except OSError:
-                return  # the connection broke
             except Exception:
                 traceback.print_exc()
                 answer = Refusal(500, "internal error").answer
@@ -429,7 +402,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.chunked and self.length is None:
             raise Refusal(411, "the request must have a Content-Length or be chunked")
         if self.length is not None and self.length > MAX_BODY_BYTES:
-            raise self.too_large()
+            raise Refusal(*TOO_LARGE)
         expect = self.fields.get(b"expect")
         if expect is not None and self.unread and self.persistent:  # HTTP/1.0 knows none (RFC 9110, 10.1.1)
             if expect.lower() != b"100-continue":
@@ -438,10 +411,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.read_chunks() if self.chunked else self.read_exactly(self.length)
         self.unread = False
         return body
-
-    def too_large(self):
-        """Return the refusal of a body over the limit."""
-        return Refusal(413, "the body must be at most 1 MiB long")
 
     def read_exactly(self, length):
         """Return length bytes, or raise PeerGone."""
@@ -463,7 +432,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return b"".join(chunks)
             total += size
             if total > MAX_BODY_BYTES:
-                raise self.too_large()
+                raise Refusal(*TOO_LARGE)
             chunks.append(self.read_exactly(size))
             if self.read_exactly(2) != b"\r\n":
                 raise Refusal(400, "a chunk is longer than its size")
@@ -479,14 +448,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             allowed = ", ".join([method.decode() for method in methods])
             raise Refusal(405, f"the methods here are: {allowed}", {"Allow": allowed})
         return methods[self.method](self)
-
-    def describe_health(self):
-        """Answer that the process serves requests."""
-        return 200, b'{"status": "ok"}', {}
-
-    def describe(self):
-        """Answer OPTIONS."""
-        return 204, b"", {"Allow": "POST, OPTIONS"} | ACCEPT_POST
 
     def post_events(self):
         """Log one event, or a batch, and answer when it is durable."""
@@ -504,7 +465,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise Refusal(400, str(error)) from None
         if producer is None:
-            producer, first = self.server.names.producer, self.server.names.take(1)
+            producer, first = self.server.take_names(1)
         return self.log(stamp(body.decode(), producer, first) + "\n", RECEIVED)
 
     def read_name(self):
@@ -533,21 +494,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, "the last line's sequence would be above 2^53 - 1")
         accepted, rejected = [], []
         for number, event in enumerate(decode_lines(body)):
-            if type(event) is dict:
-                try:
+            try:
+                if type(event) is dict:
                     amount_of(event)
                     check_unnamed(event)
                     accepted.append(number)
-                    continue
-                except ValueError as error:
-                    event = error
-            if event is not None:
-                rejected.append({"line": number + 1, "error": str(event)})
+                elif event is not None:
+                    raise event
+            except ValueError as error:
+                rejected.append({"line": number + 1, "error": str(error)})
         answer = json.dumps({"message": "Events received", "accepted": len(accepted), "rejected": rejected}).encode()
         if not accepted:
             return 200, answer, {}
         if producer is None:
-            producer, first = self.server.names.producer, self.server.names.take(lines)
+            producer, first = self.server.take_names(lines)
         texts = body.split(b"\n")
         return self.log("\n".join([stamp(texts[i].decode(), producer, first + i) for i in accepted]) + "\n", answer)
 
@@ -570,28 +530,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_without_waiting(self, data):
         """Send data, in a thread of its own should the peer not read what it was sent before."""
         try:
-            sent = self.connection.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
+            if data:
+                threading.Thread(target=self.send_rest, args=[data], daemon=True).start()
+                return
         except OSError:
-            sent = len(data)  # the peer is gone
-        if sent == len(data):
-            self.answered.set()
-            return
-        try:
-            threading.Thread(target=self.send_rest, args=[data[sent:]], daemon=True).start()
+            pass  # the peer is gone
         except RuntimeError:  # no more threads: this peer loses its answer, the others must not
             _shut(self.connection, socket.SHUT_RDWR)
-            self.answered.set()
+        self.answered.set()
 
     def send_rest(self, data):
         """Send data, however long the peer takes."""
-        try:
+        with contextlib.suppress(OSError):  # the peer is gone, or was cut off
             self.connection.sendall(data)
-        except OSError:
-            pass  # the peer is gone, or was cut off
-        finally:
-            self.answered.set()
+        self.answered.set()
 
     def get_revenue(self):
         """Answer a user's revenue, digit for digit."""
@@ -611,8 +565,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, "no revenue is known for this user")
         return 200, f'{{"userId": {json.dumps(user)}, "revenue": {revenue}}}'.encode(), {}
 
-    ROUTES = {"/liveEvent": {b"POST": post_events, b"OPTIONS": describe}, "/health": {b"GET": describe_health},
-              "/userEvents/": {b"GET": get_revenue}}
+    ROUTES = {
+        "/liveEvent": {b"POST": post_events,
+                       b"OPTIONS": lambda self: (204, b"", {"Allow": "POST, OPTIONS"} | ACCEPT_POST)},
+        "/userEvents/": {b"GET": get_revenue},
+        "/health": {b"GET": lambda self: (200, b'{"status": "ok"}', {})}}
 
     def send_answer(self, status, body, headers):
         """Send the answer in one piece, and end a connection on which a part of the request was not read."""
@@ -643,7 +600,8 @@ class Worker(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.socket = listener
         self.log = log
-        self.names = Names()
+        self._producer, self._next_sequence = secrets.token_urlsafe(16), 1
+        self._naming = threading.Lock()
         self.database = Database()
         self.authorization = authorization
         self.stopping = False
@@ -693,6 +651,12 @@ class Worker(http.server.ThreadingHTTPServer):
         self.deadlines.pop(request, None)
         super().shutdown_request(request)
 
+    def take_names(self, count):
+        """Return the names for count events that come without: this worker's producer id, and the first's sequence."""
+        with self._naming:
+            self._next_sequence += count
+            return self._producer, self._next_sequence - count
+
     def overdue(self, connection):
         """Tell whether the connection has passed its deadline."""
         return time.monotonic() > self.deadlines.get(connection, 0)
@@ -717,10 +681,8 @@ class Worker(http.server.ThreadingHTTPServer):
 
 
 def _shut(connection, how):
-    try:
+    with contextlib.suppress(OSError):  # closed meanwhile
         connection.shutdown(how)
-    except OSError:
-        pass  # closed meanwhile
 
 
 class Supervisor:
