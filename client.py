@@ -9,6 +9,7 @@ This file needs Python's standard library alone and can be copied to any machine
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import email.message
 import fcntl
 import hashlib
@@ -42,7 +43,7 @@ class Failure(Exception):
 
 
 class Retry(Exception):
-    """A request that may succeed when it is sent again, and why it did not."""
+    """Why a request failed that may succeed when it is sent again."""
 
 
 # ---- The file and its delivery --------------------------------------------------------------------------------------
@@ -71,35 +72,41 @@ class Delivery:
         """Lock the file and go on with its unfinished delivery, or begin a new one; raise Failure or OSError."""
         self.path = path
         self.state_path = path + ".delivery"
+        self.resumed = False
         self.file = open(path, "rb")
         if not stat.S_ISREG(os.fstat(self.file.fileno()).st_mode):
             raise Failure(f"{path} is not a regular file.")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"{path} is being sent by another client; wait until it is done.") from None
+        self._lock(self.file)
         self.size = os.fstat(self.file.fileno()).st_size
         content = {"size": self.size, "sha256": hashlib.file_digest(self.file, "sha256").hexdigest()}
         self.file.seek(0)
-        self.producer = None if restart else self._resume(content)
-        self.resumed = self.producer is not None
-        if not self.resumed:
+        with contextlib.suppress(FileNotFoundError):
+            self._state = open(self.state_path)
+            self._lock(self._state)  # whoever sends a file that was at this path before still needs it
+            self.resumed = not restart
+        if self.resumed:
+            self.producer = self._resume(content)
+        else:
             self.producer = secrets.token_urlsafe(16)
-            with open(self.state_path + ".new", "w") as state:
-                json.dump({"producerId": self.producer} | content, state)
-                publish(state, self.state_path)
+            self._state = open(self.state_path + ".new", "w")
+            self._lock(self._state)
+            json.dump({"producerId": self.producer} | content, self._state)
+            publish(self._state, self.state_path)
+
+    def _lock(self, file):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(f"{self.path} is being sent by another client; wait until it is done.") from None
 
     def _resume(self, content):
         advice = ("Restore it, or run again with --restart to send the whole file as a new delivery; lines that were "
                   "already delivered then count twice.")
         try:
-            with open(self.state_path) as file:
-                state = json.load(file)
+            state = json.load(self._state)
             producer = state.pop("producerId")
             if not isinstance(producer, str) or not producer:
                 raise ValueError
-        except FileNotFoundError:
-            return None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Failure(f"{self.state_path} cannot be understood. {advice}") from None
         if state != content:
@@ -252,7 +259,7 @@ class Sender:
             rejected = {batch.first + entry["line"] - 1: str(entry["error"]) for entry in answer["rejected"]}
             numbers = range(batch.first, batch.last + 1)
             complete = (status == 200 and len(rejected) == len(answer["rejected"])
-                        and all(number in numbers for number in rejected)
+                        and all(type(number) is int and number in numbers for number in rejected)
                         and 0 <= answer["accepted"] == batch.events() - len(rejected))
         except (ValueError, KeyError, TypeError, RecursionError):
             complete = False

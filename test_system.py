@@ -836,6 +836,18 @@ class Client(SystemTest):
             _, errors = self.client(status=1)
         self.assertIn("is being sent by another client", errors)
 
+    def test_a_file_that_was_replaced_while_it_was_sent_is_not_sent_by_another_client(self):
+        self.path("events.jsonl", EVENT + b"\n")
+        url = f"http://127.0.0.1:{free_port()}/liveEvent"
+        first = self.start("client.py", "--url", url)
+        wait_until(self.path("events.jsonl.delivery").exists, "the first client has begun")
+        self.path("new", EVENT + b"\n").rename(self.path("events.jsonl"))
+        _, errors = self.client("--restart", "--url", url, status=1)
+        self.assertIn("is being sent by another client", errors)
+        first.kill()
+        _, errors = self.client("--url", url, "--give-up-after", "0", status=1)
+        self.assertIn("going on", errors)
+
     def test_it_waits_for_a_server_that_is_not_up_yet(self):
         port = free_port()
         write_events(self.path("events.jsonl"), 3)
