@@ -2114,7 +2114,7 @@ class Readme(SystemTest):
 
     def test_the_rotation_by_logrotate_loses_nothing(self):
         rules = next(block for block in blocks("") if "rotate 90" in block)
-        rules = self.path("rules", rules.replace("/var/lib/events", str(self.directory)))
+        rules = self.path("rules", "dateext\n" + rules.replace("/var/lib/events", str(self.directory)))
         rules.chmod(0o644)
         logrotate = shutil.which("logrotate", path=os.environ["PATH"] + ":/usr/sbin")
         server = Server(self)
