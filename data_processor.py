@@ -40,6 +40,7 @@ VALUE_DIGITS = 18
 
 BLOCK_BYTES = 256 * 1024  # read and decoded at a time
 CHUNK_BYTES = 64 * 1024 * 1024  # one transaction: large, as each one updates every user whom it meets
+CHUNK_SECONDS = 15  # of reading, during which the transaction is idle
 CHUNK_REJECTED = 10_000  # a chunk ends early after so many bad lines, whose reports are kept until it commits
 DIGEST_BYTES = 64 * 1024  # hashed before a position, to know the log again
 
@@ -234,6 +235,7 @@ class Log:
         self.path = path
         self.file = open(path, "rb", buffering=0)
         self.drained = None  # the end up to which this run has applied it
+        self.refused = False  # an event without a name was rejected, as it may have been counted
         self.log_id = None
         self.end = self.unfinished = 0
 
@@ -319,12 +321,13 @@ class Chunk:
         """Read log from offset start. Lines without a name are rejected unless nameless_allowed."""
         self.start = self.end = start
         self.users, self.amounts, self.runs, self.rejected = [], [], [], []
-        self._nameless_allowed = nameless_allowed
-        self.refused = False  # an event without a name was rejected because of that
+        self._log, self._nameless_allowed = log, nameless_allowed
         self._producer, self._expected = object(), None  # no run has begun
+        deadline = time.monotonic() + CHUNK_SECONDS
         for offset, block, self.end in log.blocks(start):
             self._add(offset, block)
-            if self.end - start >= CHUNK_BYTES or len(self.rejected) >= CHUNK_REJECTED:
+            if (self.end - start >= CHUNK_BYTES or len(self.rejected) >= CHUNK_REJECTED
+                    or time.monotonic() > deadline):
                 break
         stops = [at for _, _, at in self.runs[1:]] + [len(self.users)]
         # In the order of their names, in which Ranges are fast.
@@ -368,7 +371,7 @@ class Chunk:
 
     def _begin_nameless_run(self):
         if not self._nameless_allowed:
-            self.refused = True
+            self._log.refused = True
             raise ValueError("an event without producerId and sequence, in a log that is not the one read before: "
                              "whether it was counted cannot be known (move the file aside and send what is new in it "
                              "with python client.py FILE)")
@@ -406,7 +409,8 @@ def apply_chunk(connection, log, offset, report):
     """Apply the next chunk of log in one transaction, the only place that commits, and return its Tally.
 
     The chunk begins where the database says that this log was read to, or, when the bytes before that position are not
-    those that were read (a copy, a cut, a restored backup), at offset: how far this run came, 0 at first.
+    those that were read (a copy, a cut, a restored backup), at offset: how far this run came, 0 at first. Then the
+    position stays until the run has come to the end and refused nothing.
     """
     with connection, connection.cursor() as sql:
         sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [int(IDLE_SECONDS * 1000)])
@@ -416,11 +420,11 @@ def apply_chunk(connection, log, offset, report):
         known = log.digest(position) == bytes(digest)
         chunk = Chunk(log, position if known else offset, nameless_allowed=known)
         counted = count_once(sql, chunk)
-        if chunk.end > position and not chunk.refused:
+        if chunk.end > position and (known or chunk.end >= log.end and not log.refused):
             sql.execute("UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
                         [chunk.end, log.digest(chunk.end), log.log_id])
         for at, reason in chunk.rejected:
-            report(log, at, reason)  # before the commit: after it a kill would leave a bad line unreported for ever
+            report(log, at, reason)  # before the commit: better twice than, after a kill, never
     return Tally(chunk.start, chunk.end, counted, len(chunk.users) - counted, len(chunk.rejected))
 
 
@@ -506,11 +510,11 @@ def prepare_database(connection, readonly):
         raise Failure(f"The database {connection.info.dbname} is encoded in {encoding}; create one with: "
                       "createdb --encoding=UTF8 --template=template0 NAME, and set PGDATABASE to its name.")
     with connection, connection.cursor() as sql:
-        # Two processors that create the same table at once collide, even with IF NOT EXISTS.
         sql.execute("SELECT to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')")
         if None in sql.fetchone():
             if readonly:
                 raise Failure("The tables do not exist yet; run data_processor.py without --verify first.")
+            # Two processors that create the same table at once collide, even with IF NOT EXISTS.
             sql.execute("SELECT pg_advisory_xact_lock(%s)", [TABLES_LOCK])
             sql.execute(TABLES.read_text())
     with connection, connection.cursor() as sql:
@@ -565,7 +569,11 @@ class Processor:
     def _siblings(self, path):
         """Return the rotated siblings of a log and then itself, as far as they exist or are waited for."""
         directory, name = os.path.split(path)
-        rotated = sorted(os.path.join(directory, entry) for entry in os.listdir(directory or ".")
+        try:
+            entries = os.listdir(directory or ".")
+        except OSError as error:
+            raise Failure(f"{directory or '.'}: {error.strerror}.") from error
+        rotated = sorted(os.path.join(directory, entry) for entry in entries
                          if entry.startswith(name + ".") and not entry.endswith(CLIENT_FILES))
         for compressed in [entry for entry in rotated if entry.endswith(COMPRESSED)]:
             self._say_once(compressed, "compressed, left alone.")
@@ -579,13 +587,13 @@ class Processor:
 
     def _apply_path(self, path):
         log = self.logs.get(path)
-        if not log and self.follow and not os.path.exists(path):
-            return self._say_once(path, "does not exist yet; waiting for it.")
         if log and not leads_to(path, log.file.fileno()):
             # The server writes nothing more to it, once the lock was taken after the renaming.
             self._drain(log)
             self.logs.pop(path).file.close()
             log = None
+        if not log and self.follow and not os.path.exists(path):
+            return self._say_once(path, "is not there; waiting for it.")
         if not log:
             log = self.logs[path] = Log(path)
         self._drain(log)

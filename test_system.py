@@ -456,9 +456,22 @@ class Pipeline(SystemTest):
         terminate_backends()
         server.post(EVENT)
         wait_until(lambda: revenue() == [(6,)], "the connection was made again")
+        server.log.rename(self.path("server-events.jsonl.3"))  # and no log is begun in its place
+        for total in (7, 8):
+            with open(self.path("server-events.jsonl.3"), "a") as log:
+                log.write(named("p", total))
+            wait_until(lambda: revenue() == [(total,)], "the renamed log is read once more")
         follower.terminate()
         self.assertEqual(follower.wait(10), 0)
-        self.assertNotIn("Traceback", follower.stderr.read())
+        self.assertRegex(follower.stderr.read(), r"\A(server-events.jsonl: is not there; waiting for it.\n)*\Z")
+
+    def test_follow_waits_for_a_directory_and_a_log_that_are_not_there_yet(self):
+        follower = self.start("data_processor.py", "--follow", "new/log")
+        self.assertEqual(follower.stderr.readline(), "new: No such file or directory. Trying again in 1 s.\n")
+        self.path("new").mkdir()
+        self.assertEqual(follower.stderr.readline(), "new/log: is not there; waiting for it.\n")
+        self.path("new/log", EVENT + b"\n")
+        wait_until(lambda: query("SELECT revenue FROM users_revenue") == [(1,)], "the log is applied")
 
     def test_ctrl_c_ends_the_processor_quietly_even_while_it_waits_for_the_database(self):
         log = self.path("log", EVENT + b"\n")
@@ -774,8 +787,9 @@ class ExactlyOnce(SystemTest):
         self.assertIn("1 applied", outputs[0])
         self.assertRevenue({"user1": 1})
 
-    def test_a_chunk_is_bounded_in_bytes_and_in_bad_lines(self):
-        for line, limits in ((named("p", 1), {"CHUNK_BYTES": 1000}), ("x\n", {"CHUNK_REJECTED": 100})):
+    def test_a_chunk_is_bounded_in_bytes_in_time_and_in_bad_lines(self):
+        for line, limits in ((named("p", 1), {"CHUNK_BYTES": 1000}), (named("p", 1), {"CHUNK_SECONDS": -1}),
+                             ("x\n", {"CHUNK_REJECTED": 100})):
             log = data_processor.Log(self.path("log", 1000 * line))
             with contextlib.closing(log.file), unittest.mock.patch.multiple(data_processor, BLOCK_BYTES=500, **limits):
                 log.take_end()
@@ -794,6 +808,18 @@ class ExactlyOnce(SystemTest):
         processor.connection.close()
         self.assertRevenue({"user1": 8})
 
+    def test_a_log_without_names_that_was_changed_is_refused_in_every_chunk(self):
+        log = self.path("log", named("p", 1) + 3 * (EVENT.decode() + "\n"))
+        for failed in (False, True, True):
+            processor = data_processor.Processor()
+            with silence(), unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=700, BLOCK_BYTES=200):
+                processor.run_once([str(log)])
+            processor.connection.close()
+            self.assertEqual(processor.failed, failed)
+            log.write_text("".join(named("p", n) for n in range(1, 11)) + 4 * (EVENT.decode() + "\n")
+                           + "".join(named("p", n) for n in range(11, 31)))
+        self.assertRevenue({"user1": 3 + 30})
+
     def test_a_position_never_moves_back_and_a_restored_log_goes_on_from_its_start(self):
         content = "".join(named("p", sequence) for sequence in range(1, 2001))
         log = self.path("log", content)
@@ -806,6 +832,7 @@ class ExactlyOnce(SystemTest):
         log.write_text(named("p", 1) + content.partition("\n")[2].replace("user1", "User1") + named("p", 2001))
         self.processor(log)
         self.assertRevenue({"user1": 2001})
+        self.assertEqual(query("SELECT position FROM event_logs"), [(log.stat().st_size,)])
 
 
 README = (HERE / "README.md").read_text()
