@@ -51,6 +51,12 @@ EXIT_SYNC_FAILED = 3  # a worker's status: its parent ends the server
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def say(words):
+    """Print words to stderr, if possible: a disk that is full below it must not end the server."""
+    with contextlib.suppress(OSError):
+        print(words, file=sys.stderr)
+
+
 # ---- The log --------------------------------------------------------------------------------------------------------
 
 def sync_file(fd):
@@ -78,7 +84,7 @@ class Log:
         self._fd = self._open()
 
     def _open(self):
-        directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
+        directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             self._sync(os.fsync, directory)  # the name must be as durable as the lines
@@ -140,18 +146,23 @@ class Log:
         """Lock the file that path leads to, opening it anew after a rotation, and return the end of its last line."""
         if self.failed:
             raise self.failed
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        while not leads_to(self.path, self._fd):
+        while True:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            end = self._cut_off_unfinished_line()  # also of a renamed log: it may be concatenated with others
+            if leads_to(self.path, self._fd):
+                return end
             new = self._open()
             os.close(self._fd)
             self._fd = new
-            fcntl.flock(new, fcntl.LOCK_EX)
+
+    def _cut_off_unfinished_line(self):
+        """Cut off what a killed or failed writer left, a line without LF, which was never acknowledged; return the end
+        of the file."""
         end = size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            # A line that a killed or failed writer left unfinished: never acknowledged.
             end = end_of_lines(self._fd, size)
             os.ftruncate(self._fd, end)
-            print(f"{self.path}: cut off {size - end} bytes of an unfinished line at byte {end}.", file=sys.stderr)
+            say(f"{self.path}: cut off {size - end} bytes of an unfinished line at byte {end}.")
         return end
 
 
@@ -186,17 +197,14 @@ class Database:
         query = self._thread.submit(self._query, user)
         try:
             return query.result(DATABASE_SECONDS)
-        except (psycopg2.Error, concurrent.futures.CancelledError) as error:
-            raise DatabaseUnavailable from error
-        except concurrent.futures.TimeoutError as error:
-            if not query.cancel():
-                self._hang_up()
+        except (psycopg2.Error, TimeoutError) as error:
+            query.cancel()
             raise DatabaseUnavailable from error
 
     def _query(self, user):
         reused = self._connection is not None and not self._connection.closed
         if not reused:
-            self._connection = connect(connect_timeout=DATABASE_SECONDS)
+            self._connection = connect(connect_timeout=DATABASE_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000)
             self._connection.autocommit = True
         try:
             with self._connection.cursor() as sql:
@@ -214,13 +222,6 @@ class Database:
             if reused:
                 return self._query(user)  # the database was restarted since
             raise
-
-    def _hang_up(self):
-        """Make the thread's wait for an answer end."""
-        # Else it is still connecting, which ends by itself, or it has just come to an end.
-        with contextlib.suppress(AttributeError, OSError, psycopg2.Error):
-            with socket.socket(fileno=os.dup(self._connection.fileno())) as wire:
-                wire.shutdown(socket.SHUT_RDWR)
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def setup(self):
-        """Begin without an answer that is still to be sent."""
+        """No answer is pending yet."""
         super().setup()
         self.answered = threading.Event()
         self.answered.set()
@@ -513,7 +514,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log(self, lines, body):
         """Have lines logged and then answered with 200 and body, or with an error, by the thread that syncs them."""
-        close = self.close_connection
+        lines, close = lines.encode(), self.close_connection
 
         def answer(error):
             status, content = 200, body
@@ -525,7 +526,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_without_waiting(render(status, content, {}, close))
         self.set_deadline(float("inf"))  # however long the disk takes
         self.answered.clear()
-        self.server.log.append(lines.encode(), answer)
+        self.server.log.append(lines, answer)
 
     def send_without_waiting(self, data):
         """Send data, in a thread of its own should the peer not read what it was sent before."""
@@ -693,29 +694,31 @@ class Supervisor:
     """
 
     def __init__(self, start_worker, count):
-        self._start_worker = start_worker
+        self._start_worker, self._count = start_worker, count
         self._lifeline, self._hold = os.pipe()
         self._stopping = False
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it gets no children from os.wait
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop())
         self._workers = {self._fork() for _ in range(count)}
 
     def run(self):
         """Keep the workers running until SIGTERM, Ctrl-C or a failed sync; return the exit status."""
-        workers = self._workers
         status = 0
-        while workers:
+        while self._workers:
             pid, ended = os.wait()
-            workers.discard(pid)
+            if pid not in self._workers:
+                continue  # a child of the program that this process was before, or an orphan that PID 1 inherits
+            self._workers.remove(pid)
             code = os.waitstatus_to_exitcode(ended)
             if code == EXIT_SYNC_FAILED:
                 status = 1
                 self._stop()
-            if not self._stopping:
-                print(f"A worker ended with status {code}; starting another.", file=sys.stderr)
+            while len(self._workers) < self._count and not self._stopping:
+                say(f"A worker ended with status {code}; starting another.")
                 time.sleep(RESTART_SECONDS)
-            if not self._stopping:
-                workers.add(self._fork())
+                with contextlib.suppress(OSError):  # no room for another process now
+                    self._workers.add(self._fork())
         return status
 
     def _stop(self):
@@ -724,22 +727,19 @@ class Supervisor:
             os.close(self._hold)
 
     def _fork(self):
-        signals = {signal.SIGTERM, signal.SIGINT}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        pid = os.fork()
-        if pid == 0:  # a worker leaves them blocked: a terminal or systemd tells everyone, but the parent decides
-            status = 1
-            try:
-                if not self._stopping:
-                    os.close(self._hold)
-                status = self._start_worker(self._lifeline)
-            except Exception:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)  # without waiting for a thread that hangs in a database
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        return pid
+        if pid := os.fork():
+            return pid
+        status = 1
+        try:
+            # A terminal or systemd tells every process to stop, but the parent decides.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            if not self._stopping:
+                os.close(self._hold)
+            status = self._start_worker(self._lifeline)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(status)  # without waiting for a thread that hangs in a database
 
 
 def listen(host, port):
@@ -784,12 +784,12 @@ def serve(listener, path, authorization, lifeline):
         # Opened after the fork: a lock taken through an inherited descriptor would not exclude the other workers.
         log = Log(path)
     except OSError as error:
-        print(f"Cannot write the log {path}: {error.strerror}.", file=sys.stderr)
-        return 1
+        say(f"Cannot write the log {path}: {error.strerror}.")
+        return EXIT_SYNC_FAILED if isinstance(error, SyncFailed) else 1
     status = Worker(listener, log, authorization).run(lifeline)
     if log.failed:
-        print(f"{path}: a sync failed ({log.failed.strerror}); its last lines may not be on the disk. Move the log "
-              "aside, so that a new one is begun, before starting the server again.", file=sys.stderr)
+        say(f"{path}: a sync failed ({log.failed.strerror}); its last lines may not be on the disk. Move the log "
+            "aside, so that a new one is begun, before starting the server again.")
     return status
 
 
@@ -802,18 +802,17 @@ def main(arguments=None):
         listener = listen(options.host, options.port)
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno) if getattr(error, "errno", 0) in errno.errorcode else error
-        print(f"Cannot listen on {options.host} port {options.port}: {reason}. Choose another with --host and --port.",
-              file=sys.stderr)
+        say(f"Cannot listen on {options.host} port {options.port}: {reason}. Choose another with --host and --port.")
         return 1
     host, port = listener.getsockname()[:2]
     if authorization is None and not ipaddress.ip_address(host).is_loopback:
-        print(f"Refusing to listen on {host} for everyone: set EVENTS_AUTHORIZATION to the value that the "
-              "Authorization header of every request must have, or listen on 127.0.0.1.", file=sys.stderr)
+        say(f"Refusing to listen on {host} for everyone: set EVENTS_AUTHORIZATION to the value that the Authorization "
+            "header of every request must have, or listen on 127.0.0.1.")
         return 1
     try:
         os.close(os.open(options.log, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644))
     except OSError as error:
-        print(f"Cannot write the log {options.log}: {error.strerror}. Name another with --log.", file=sys.stderr)
+        say(f"Cannot write the log {options.log}: {error.strerror}. Name another with --log.")
         return 1
     supervisor = Supervisor(functools.partial(serve, listener, options.log, authorization), options.workers)
     shown = f"[{host}]" if ":" in host else host

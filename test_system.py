@@ -636,10 +636,27 @@ class ExactlyOnce(SystemTest):
         wait_until(lambda: can_bind(server.port) and not any(map(alive, workers)), "port and workers are gone", seconds=1)
 
     def test_a_worker_that_dies_is_replaced(self):
-        server = Server(self, "--workers", "2")
-        victim = server.workers()[0]
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: len(server.workers()) == 2 and victim not in server.workers(), "there are two workers")
+        # Also with a child of another program, whose exit status is 3, with SIGCHLD ignored, a full disk below stderr,
+        # and a fork that fails.
+        script = ["-c", "import os, signal, sys, time, server; fork = os.fork\n"
+                        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+                        "if not fork():\n"
+                        "    while not os.path.exists('end'):\n"
+                        "        time.sleep(0.01)\n"
+                        "    os._exit(3)\n"
+                        "def fork_or_fail():\n"
+                        "    forks.append(1)\n"
+                        "    return fork() if len(forks) != 3 else os.open('', 0)\n"
+                        "forks, os.fork = [], fork_or_fail\n"
+                        "sys.stderr = open('/dev/full', 'w', 1); sys.path[0] = ''; sys.exit(server.main())"]
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
+            server = Server(self, "--workers", "2", script=script)
+        stranger, *workers = server.workers()
+        self.path("end", b"")
+        wait_until(lambda: not alive(stranger), "the stranger has ended")
+        self.assertEqual(server.workers(), workers)
+        os.kill(workers[0], signal.SIGKILL)
+        wait_until(lambda: len(server.workers()) == 2 and workers[0] not in server.workers(), "there are two workers")
         for _ in range(8):
             self.assertEqual(server.post(EVENT)[0], 200)
 
@@ -1762,6 +1779,7 @@ class Faults(SystemTest):
     def test_a_log_that_is_rotated_while_it_is_opened_anew_is_followed(self):
         path = self.path("log")
         log = server_module.Log(str(path))
+        path.write_text("unfinish")  # by another worker, killed then
         path.rename(self.path("first"))
         reopen = log._open
 
@@ -1770,7 +1788,7 @@ class Faults(SystemTest):
             if not self.path("second").exists():
                 path.rename(self.path("second"))
             return fd
-        with unittest.mock.patch.object(log, "_open", open_and_rotate):
+        with unittest.mock.patch.object(log, "_open", open_and_rotate), silence():
             append(log, named("p", 1).encode())
         os.close(log._fd)
         self.assertEqual([self.path(name).stat().st_size for name in ("first", "second")], [0, 0])
@@ -1783,10 +1801,15 @@ class Faults(SystemTest):
             return lambda *arguments: (steps.append(name), real(*arguments))[1]
 
         def fsync(fd):
-            steps.append("sync directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file")
+            directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+            self.assertTrue(not directory or os.path.samestat(os.fstat(fd), os.stat(self.directory)))
+            steps.append("sync directory" if directory else "sync file")
+        elsewhere = tempfile.mkdtemp(dir=self.directory)
+        os.symlink(self.path("log"), f"{elsewhere}/link")
         with unittest.mock.patch.object(os, "fsync", fsync):
-            os.close(server_module.Log(str(self.path("log")))._fd)
-        self.assertEqual(steps, ["sync directory"])
+            for path in (f"{elsewhere}/link", self.path("log")):
+                os.close(server_module.Log(str(path))._fd)
+        self.assertEqual(steps, 2 * ["sync directory"])
         steps.clear()
         answer = trace("request", lambda *_: (200, {}, b'{"accepted": 0, "rejected": [{"line": 1, "error": "wrong"}]}'))
         self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
@@ -1880,6 +1903,16 @@ class Faults(SystemTest):
         self.assertEqual(set(answers), {503})
         self.assertEqual(server.process.wait(10), 1)
         self.assertIn("Move the log aside", server.errors.read_text())
+
+    def test_a_directory_that_cannot_be_synced_ends_the_server(self):
+        script = ["-c", "import os, sys, server\n"
+                        "def fail(fd):\n"
+                        "    raise OSError(5, 'Input/output error')\n"
+                        "os.fsync = fail; sys.path[0] = ''; sys.exit(server.main())"]
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
+            server = Server(self, script=script)
+        self.assertEqual(server.process.wait(20), 1)
+        self.assertIn("Cannot write the log", server.errors.read_text())
 
 
 class Properties(SystemTest):
