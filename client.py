@@ -259,7 +259,8 @@ class Sender:
             rejected = {batch.first + entry["line"] - 1: str(entry["error"]) for entry in answer["rejected"]}
             numbers = range(batch.first, batch.last + 1)
             complete = (status == 200 and len(rejected) == len(answer["rejected"])
-                        and all(type(number) is int and number in numbers for number in rejected)
+                        and all(number in numbers and not batch.lines[number - batch.first].isspace()
+                                for number in rejected)
                         and 0 <= answer["accepted"] == batch.events() - len(rejected))
         except (ValueError, KeyError, TypeError, RecursionError):
             complete = False
