@@ -293,24 +293,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.answered.is_set():
             self.set_deadline(REQUEST_SECONDS)
         try:
-            try:
-                self.read_head()
-                answer = self.route()
-                if answer is None:
-                    return  # it is sent when the events are on the disk
-            except Refusal as refusal:
-                answer = refusal.answer
-            except OSError:  # the connection broke, or we ended its reading
-                if not self.server.overdue(self.connection) or self.method is None:
-                    return
-                answer = Refusal(408, "the request took longer than 30 seconds").answer
-            except Exception:
-                traceback.print_exc()
-                answer = Refusal(500, "internal error").answer
-            self.set_deadline(REQUEST_SECONDS)
-            self.send_answer(*answer)
-        except OSError:
-            self.close_connection = True  # the peer is gone
+            self.read_head()
+            answer = self.route()
+            if answer is None:
+                return  # it is sent when the events are on the disk
+        except Refusal as refusal:
+            answer = refusal.answer
+        except OSError:  # the connection broke, or we ended its reading
+            if not self.server.overdue(self.connection) or self.method is None:
+                return
+            answer = Refusal(408, "the request took longer than 30 seconds").answer
+        except Exception:
+            traceback.print_exc()
+            answer = Refusal(500, "internal error").answer
+        self.set_deadline(REQUEST_SECONDS)
+        self.send_answer(*answer)
 
     def set_deadline(self, seconds):
         """Allow this connection so many seconds from now for what it does next."""
@@ -574,7 +571,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_answer(self, status, body, headers):
         """Send the answer in one piece, and end a connection on which a part of the request was not read."""
-        if self.unread or self.server.stopping:
+        if self.unread:
             self.close_connection = True
         answer = render(status, body, headers, self.close_connection)
         self.connection.sendall(answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.method == b"HEAD" else answer)
@@ -605,7 +602,6 @@ class Worker(http.server.ThreadingHTTPServer):
         self._naming = threading.Lock()
         self.database = Database()
         self.authorization = authorization
-        self.stopping = False
         self.deadlines = {}  # connection: when it is cut off, in seconds of time.monotonic
         self._next_look = 0.0
 
@@ -619,7 +615,6 @@ class Worker(http.server.ThreadingHTTPServer):
                 self.process_request(*self.get_request())  # the backlog: it may have sent its requests
         except (OSError, RuntimeError):
             self.socket.close()
-        self.stopping = True
         for connection in list(self.deadlines):
             _shut(connection, socket.SHUT_RD)  # on Linux, what has arrived can still be read
         end = time.monotonic() + STOP_SECONDS

@@ -1253,6 +1253,20 @@ def chunked(*chunks, end=b"0\r\n\r\n"):
         b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + end
 
 
+@contextlib.contextmanager
+def serving(log, **settings):
+    """Return a context in which this process is a worker, with other settings than the server's own."""
+    with unittest.mock.patch.multiple(server_module, **settings), server_module.listen("127.0.0.1", 0) as listener:
+        worker = server_module.Worker(listener, log, None)
+        thread = threading.Thread(target=worker.serve_forever, args=[0.05])
+        thread.start()
+        try:
+            yield worker
+        finally:
+            worker.shutdown()
+            thread.join()
+
+
 class Http(SystemTest):
     """Requests as bytes, answers by status."""
 
@@ -1360,6 +1374,9 @@ class Http(SystemTest):
         self.assertEqual((status, headers["Allow"], headers["Accept-Post"], body),
                          (204, "POST, OPTIONS", "application/json, application/x-ndjson", b""))
         self.assertEqual(server.raw(request(body=EVENT, media="text/plain"))[1]["Accept-Post"], headers["Accept-Post"])
+        with server.connect() as wire:
+            wire.sendall(request("HEAD", "/health", "Connection: close"))
+            self.assertTrue(wire.makefile("rb").read().endswith(b"\r\n\r\n"))
         self.assertEqual(server.log.read_bytes(), b"")
 
     def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(self):
@@ -1446,6 +1463,7 @@ class Http(SystemTest):
                                             **({} if secret is None else {"EVENTS_AUTHORIZATION": secret}))
                 self.assertIn("EVENTS_AUTHORIZATION", errors)
                 self.assertEqual(errors.count("\n"), 1)
+        self.assertEqual(Server(self, EVENTS_AUTHORIZATION="").post(EVENT)[0], 200)
 
     def test_a_port_in_use_and_an_unwritable_log_are_said_in_a_line(self):
         server = Server(self)
@@ -1483,6 +1501,59 @@ class Http(SystemTest):
                 wire.sendall(request(body=EVENT))
             self.assertEqual({read_answer(wire)[0] for wire in wires}, {200})
         self.assertEqual(len(set(names_in(server.log))), 1000)
+
+    def test_whatever_a_peer_does_or_not_its_connection_ends(self):
+        health, large = request("GET", "/health"), request("POST", "/liveEvent", f"Content-Length: {2**30}")
+        log = unittest.mock.Mock(failed=None, append=lambda lines, done: threading.Timer(0.1, done, [None]).start())
+        errors = io.StringIO()
+        for begins, goes_on, settings in (
+                (request(body=EVENT), b"", {"REQUEST_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}),  # idle
+                (health, b"", {"REQUEST_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}),
+                (health, 1000 * health, {"REQUEST_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}),  # reads no answer
+                (large, b"x" * 10_000, {"DRAIN_BYTES": 2**30, "DRAIN_SECONDS": 0.2}),  # has not heard of the refusal
+                (large, b"x" * 10_000, {"DRAIN_BYTES": 10**6, "DRAIN_SECONDS": 30})):
+            with contextlib.redirect_stderr(errors), serving(log, **settings) as worker, socket.socket() as wire:
+                wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                wire.connect(worker.server_address)
+                wire.sendall(begins)
+                wait_until(lambda: worker.deadlines, "the connection is accepted")
+                wire.setblocking(False)
+
+                def ended():
+                    with contextlib.suppress(OSError):
+                        wire.send(goes_on)
+                    return not worker.deadlines
+                wait_until(ended, f"the connection is given up, with {settings}")
+        self.assertEqual(errors.getvalue(), "")
+
+    def test_a_slow_disk_is_waited_for(self):
+        pending = []
+        log = unittest.mock.Mock(failed=None, append=lambda lines, done: pending.append(done))
+        with serving(log, REQUEST_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
+            with socket.create_connection(worker.server_address, timeout=20) as waiting:
+                waiting.sendall(request(body=EVENT))
+                wait_until(lambda: pending, "the event waits for the disk")
+                for _ in range(3):
+                    with socket.create_connection(worker.server_address, timeout=20) as idle:
+                        self.assertEqual(idle.recv(1), b"")
+                pending[0](None)
+                self.assertEqual(read_answer(waiting)[0], 200)
+
+    def test_what_is_wrong_with_the_server_has_its_status(self):
+        log = unittest.mock.Mock(failed=None)
+        for error, status in ((None, 200), (OSError(errno.ENOSPC, ""), 507), (OSError(errno.EDQUOT, ""), 507),
+                              (OSError(errno.EFBIG, ""), 507), (OSError(errno.EIO, ""), 503), (MemoryError(), 503),
+                              (server_module.SyncFailed(errno.ENOSPC, ""), 503)):
+            log.append = lambda lines, done: done(error)
+            with serving(log, DRAIN_SECONDS=2) as worker, socket.create_connection(worker.server_address, timeout=20) as wire:
+                wire.sendall(request(body=EVENT))
+                self.assertEqual(read_answer(wire)[0], status, error)
+        with serving(log, DRAIN_SECONDS=2) as worker, socket.create_connection(worker.server_address, timeout=20) as wire:
+            worker.database.revenue = unittest.mock.Mock(side_effect=ZeroDivisionError)
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                wire.sendall(request("GET", "/userEvents/user1"))
+                self.assertEqual(read_answer(wire)[0], 500)
+            self.assertIn("ZeroDivisionError", errors.getvalue())
 
     def test_a_worker_takes_no_more_connections_than_it_may_hold(self):
         with server_module.listen("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
