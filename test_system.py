@@ -1739,6 +1739,9 @@ class Events(SystemTest):
         lines = [named("q", sequence) for sequence in (2, "3.0", 2**53 - 1, 2**53)]
         self.assertIn("2 applied, 0 repeated, 2 rejected", self.processor(self.path("log", "".join(lines)), status=1)[0])
         self.processor(self.path("alternating", "".join(map(named, "rssr", (1, 2, 3, 4)))))
+        nameless = EVENT.decode() + "\n"
+        mixed = self.path("mixed", nameless + named("t", 1) + nameless + nameless + named("t", 1) + nameless)
+        self.assertIn("5 applied, 1 repeated, 0 rejected", self.processor(mixed)[0])
         self.assertEqual(query("SELECT applied::text FROM event_producers WHERE producer_id IN ('r', 's') ORDER BY producer_id"),
                          [("{[1,2),[4,5)}",), ("{[2,4)}",)])
 
