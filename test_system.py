@@ -367,15 +367,14 @@ class Pipeline(SystemTest):
         self.assertEqual(json.loads(server.ask("GET", "/userEvents/a+b")[2])["revenue"], users.index("a+b"))
 
     def test_a_plain_log_is_applied_once_and_so_is_what_is_appended_to_it(self):
-        log = write_events(self.path("plain.jsonl"), 100)
-        for _ in range(2):
-            self.processor(log)
-            self.assertRevenue(oracle(log))
-        with open(log, "a") as file:
-            file.write(write_events(self.path("more.jsonl"), 50, seed=1).read_text())
-        for _ in range(2):
-            self.processor(log)
-            self.assertRevenue(oracle(log))
+        logs = [write_events(self.path(f"plain{seed}"), 100, seed) for seed in (1, 2)]
+        for appended in (False, True):
+            for log in logs:
+                if appended:
+                    log.write_bytes(log.read_bytes() + write_events(self.path("more"), 50, seed=3).read_bytes())
+                self.processor(log)
+                self.processor(log)
+            self.assertRevenue(oracle(*logs))
 
     def test_a_plain_log_that_was_edited_is_refused_where_it_cannot_be_known(self):
         log = write_events(self.path("plain.jsonl"), 3)
@@ -503,6 +502,10 @@ class Pipeline(SystemTest):
                 self.assertEqual(errors.count("\n"), 1)
         _, errors = self.processor(log, status=1, DATABASE_URL="foo")
         self.assertEqual(errors.count("\n"), 1)
+        administer(f"CREATE DATABASE {SCRATCH}_ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+        self.addCleanup(administer, f"DROP DATABASE {SCRATCH}_ascii")
+        dsn = psycopg2.extensions.make_dsn(**(parts | {"dbname": f"{SCRATCH}_ascii"}))
+        self.assertIn("is encoded in SQL_ASCII; create one with", self.processor(log, status=1, DATABASE_URL=dsn)[1])
         query("ALTER TABLE users_revenue RENAME COLUMN user_id TO someone")
         _, errors = self.processor(log, status=1)
         self.assertIn("users_revenue.user_id is missing", errors)
@@ -594,9 +597,9 @@ class Pipeline(SystemTest):
             self.assertIn("ALTER TABLE users_revenue ALTER COLUMN revenue TYPE numeric\n", errors)
         query("DROP TABLE users_revenue")
         query("CREATE TABLE users_revenue (id serial, user_id varchar(255) PRIMARY KEY, revenue numeric)")
-        query("INSERT INTO users_revenue (user_id, revenue) VALUES ('user1', 0.5)")
-        self.processor(log)
-        self.assertEqual(query("SELECT user_id, revenue FROM users_revenue"), [("user1", Decimal("1.5"))])
+        query("INSERT INTO users_revenue (user_id, revenue) VALUES ('user1', 0.5), ('user2', NULL)")
+        self.processor(log, self.path("other", named("p", 1, "user2")))
+        self.assertRevenue({"user1": Decimal("1.5"), "user2": 1})
 
 
 def terminate_backends():
