@@ -61,7 +61,6 @@ class Failure(Exception):
 
 # ---- An event -------------------------------------------------------------------------------------------------------
 
-JSON_SPACE = " \t\r\n"
 JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')  # unterminated, too: it must be found in linear time
 SURROGATE = re.compile("[\ud800-\udfff]")
 PRODUCER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

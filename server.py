@@ -204,6 +204,7 @@ class Database:
     def _query(self, user):
         reused = self._connection is not None and not self._connection.closed
         if not reused:
+            # The last ends the wait for a host that vanished, of which statement_timeout would hear nothing.
             self._connection = connect(connect_timeout=DATABASE_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000)
             self._connection.autocommit = True
         try:
