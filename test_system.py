@@ -3,7 +3,9 @@
     python -m unittest                                    all of it, some minutes
     TORTURE_SECONDS=600 TORTURE_SEED=7 python -m unittest test_system.Torture
 
-The database is the one that the environment names; a scratch database is created in it and dropped.
+The database is the one that the environment names, or the default one. When the environment names none and the default one
+cannot be used, the tests run again inside a throwaway PostgreSQL of Debian's pg_virtualenv. A scratch database is created
+and dropped.
 """
 import collections
 import contextlib
@@ -51,18 +53,34 @@ TORTURE_SECONDS = float(os.environ.get("TORTURE_SECONDS", "20"))
 TORTURE_SEED = int(os.environ.get("TORTURE_SEED") or secrets.randbelow(10**6))
 SCRATCH = f"events_test_{os.getpid()}_{secrets.token_hex(4)}"
 
+# PGPORT and PGPASSWORD are missing here: alone they name no database, they change the port or the password of the default.
+NAME_A_DATABASE = ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE")
+THROWAWAY = "EVENTS_TEST_THROWAWAY"  # set in the environment of the tests that run inside a throwaway PostgreSQL
+
 administration = None  # a connection to the database that the environment names
 
 
 def setUpModule():
-    """Create the scratch database and point the environment, so that every child finds it, at it."""
-    global administration
+    """Create the scratch database and point the environment at it, so that every child finds it.
+
+    Without a usable database, run the tests again inside a throwaway PostgreSQL, or fail: a skipped test proves nothing.
+    """
     try:
-        administration = data_processor.connect(connect_timeout=10)
-    except psycopg2.OperationalError as error:
+        create_scratch_database()
+    except psycopg2.Error as error:
+        if command := throwaway_command(os.environ):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.execvpe(command[0], command, throwaway_environment(os.environ))
         raise RuntimeError(f"No PostgreSQL to test with ({str(error).strip()}). Start one, or name another with PGHOST, "
-                           "PGPORT, PGUSER and PGPASSWORD, or let Debian's postgresql-common start a throwaway one: "
-                           "pg_virtualenv -t python -m unittest") from None
+                           "PGPORT, PGUSER and PGPASSWORD, or install Debian's postgresql-common: without those variables "
+                           "the tests then start a throwaway one with pg_virtualenv.") from None
+
+
+def create_scratch_database():
+    """Create the scratch database in the database that the environment names, or raise psycopg2.Error."""
+    global administration
+    administration = data_processor.connect(connect_timeout=10)
     administration.autocommit = True
     administer(f"CREATE DATABASE {SCRATCH} ENCODING 'UTF8' TEMPLATE template0")
     info = administration.info
@@ -70,6 +88,26 @@ def setUpModule():
     settings |= {"password": info.password, "dbname": SCRATCH}
     os.environ["DATABASE_URL"] = psycopg2.extensions.make_dsn(**{k: v for k, v in settings.items() if v})
     os.environ.pop("EVENTS_AUTHORIZATION", None)
+
+
+def throwaway_command(environment):
+    """Return the command that runs these tests again inside a throwaway PostgreSQL.
+
+    Return None when the environment names a database, when this is the second run already, or when Debian's pg_virtualenv
+    is missing.
+    """
+    if THROWAWAY in environment or any(environment.get(variable) for variable in NAME_A_DATABASE):
+        return None
+    if not shutil.which("pg_virtualenv", path=environment.get("PATH")):
+        return None
+    return ["pg_virtualenv", "-t", sys.executable, *sys.orig_argv[1:]]  # sys.executable: stay in a virtual environment
+
+
+def throwaway_environment(environment):
+    """Return the environment for throwaway_command()."""
+    # pg_virtualenv would give PGPORT to its cluster, and that port may be taken. LC_ALL makes the encoding UTF8.
+    rest = {name: value for name, value in environment.items() if name not in ("PGPORT", "PGPASSWORD")}
+    return rest | {THROWAWAY: "1", "LC_ALL": "C.UTF-8"}
 
 
 def tearDownModule():
@@ -2423,6 +2461,52 @@ class Machines(SystemTest):
         self.assertTrue(all(server.log.stat().st_size for server in servers))
 
 
+class StartUp(unittest.TestCase):
+    """Where the tests find a PostgreSQL."""
+
+    def setUp(self):
+        directory = tempfile.mkdtemp(prefix="events-test-")
+        self.addCleanup(shutil.rmtree, directory)
+        self.environment = {"PATH": directory, "HOME": "/", "PGHOST": ""}
+        self.tool = Path(directory, "pg_virtualenv")
+        self.tool.touch(0o755)
+
+    def test_without_a_named_database_the_same_command_runs_in_a_throwaway_one(self):
+        with unittest.mock.patch.object(sys, "orig_argv", ["python", "-m", "unittest", "-v", "test_system.Http"]):
+            self.assertEqual(throwaway_command(self.environment), ["pg_virtualenv", "-t", sys.executable, "-m", "unittest", "-v",
+                                                                   "test_system.Http"])
+
+    def test_a_port_or_a_password_alone_names_no_database(self):
+        for variable in ("PGPORT", "PGPASSWORD"):
+            with self.subTest(variable):
+                self.assertTrue(throwaway_command(self.environment | {variable: "5433"}))
+
+    def test_a_named_database_is_not_replaced_by_a_throwaway_one(self):
+        for variable in ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"):
+            with self.subTest(variable):
+                self.assertIsNone(throwaway_command(self.environment | {variable: "x"}))
+
+    def test_a_throwaway_one_is_not_started_inside_another(self):
+        self.assertIsNone(throwaway_command(throwaway_environment(self.environment)))
+
+    def test_a_throwaway_one_has_a_port_of_its_own_and_utf8(self):
+        environment = throwaway_environment(self.environment | {"PGPORT": "5432", "PGPASSWORD": "x", "LC_ALL": "C"})
+        self.assertEqual(environment, self.environment | {"LC_ALL": "C.UTF-8", THROWAWAY: "1"})
+
+    def test_without_pg_virtualenv_nothing_is_started(self):
+        self.tool.unlink()
+        self.assertIsNone(throwaway_command(self.environment))
+
+    def test_without_any_postgresql_the_tests_fail_with_a_sentence(self):
+        nowhere = {"PGHOST": "127.0.0.1", "PGPORT": str(free_port())}
+        environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"} | nowhere
+        run = subprocess.run([sys.executable, "-m", "unittest", "test_system.StartUp"], cwd=HERE, env=environment,
+                             capture_output=True, text=True)
+        self.assertEqual(run.returncode, 1)
+        self.assertIn("RuntimeError: No PostgreSQL to test with", run.stderr)
+        self.assertIn("FAILED (errors=1)", run.stderr)
+
+
 class Readme(SystemTest):
     """What the README shows is what happens."""
 
@@ -2453,9 +2537,9 @@ class Readme(SystemTest):
 
     def test_the_second_command_runs_the_documented_tests(self):
         self.assertEqual(blocks("sh")[1], "bash .ci/run\n")
-        self.assertIn("\nPATH=\"$environment/bin:$PATH\" LC_ALL=C.UTF-8 pg_virtualenv -t python -m unittest ",
-                      (HERE / ".ci/run").read_text())
-        self.assertIn("`pg_virtualenv -t python -m unittest`", README)
+        self.assertIn('\n"$environment/bin/python" -m unittest ', (HERE / ".ci/run").read_text())
+        self.assertIn("`python -m unittest`", README)
+        self.assertNotIn("pg_virtualenv -t python", README)
 
     def test_the_console_session_prints_what_the_readme_shows(self):
         Server(self, port=self.port)
