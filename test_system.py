@@ -3,9 +3,27 @@
     python -m unittest                                    all of it, some minutes
     TORTURE_SECONDS=600 TORTURE_SEED=7 python -m unittest test_system.Torture
 
-The database is the one that the environment names, or the default one. When the environment names none and the default one
-cannot be used, the tests run again inside a throwaway PostgreSQL of Debian's pg_virtualenv. A scratch database is created
-and dropped.
+The tests make a scratch database and drop it: in the database that the environment names, or in the default one. When
+the environment names none and the default one cannot be used, they run again inside a throwaway PostgreSQL of
+Debian's pg_virtualenv.
+
+promise                                                                              class
+-----------------------------------------------------------------------------------  -----------
+The events of a file add up exactly to the revenue that the server answers.          Pipeline
+Each event counts once, whatever is killed, retried, run again or run at once.       ExactlyOnce
+An acknowledged event survives a fault at any step, a full disk and a power cut.     Durability
+Server and processor agree on what an event is.                                      Events
+All that holds for random events, batches, orders, logs and processors.              Properties
+A request is accepted or refused as the HTTP standard says, and no peer does harm.   Http
+A file is delivered whole, or the client says which lines are not delivered.         Client
+--follow reads on through rotations and lost connections.                            Following
+--verify finds each user whose revenue is not the sum of the logs.                   Audit
+The promises hold for several machines with one database.                            Machines
+What the README shows is what happens.                                               Readme
+The tests find a PostgreSQL, or say in a sentence that there is none.                StartUp
+Each event counts once while everything happens at once, at random.                  Torture
+
+The tools come first, in the order of their banners; a test class needs nothing that stands below it.
 """
 import collections
 import contextlib
@@ -48,22 +66,26 @@ import data_processor
 import server as server_module
 
 HERE = Path(__file__).resolve().parent
+README = (HERE / "README.md").read_text()
 EVENT = b'{"userId": "user1", "name": "add_revenue", "value": 1}'
 TORTURE_SECONDS = float(os.environ.get("TORTURE_SECONDS", "20"))
 TORTURE_SEED = int(os.environ.get("TORTURE_SEED") or secrets.randbelow(10**6))
 SCRATCH = f"events_test_{os.getpid()}_{secrets.token_hex(4)}"
 
-# PGPORT and PGPASSWORD are missing here: alone they name no database, they change the port or the password of the default.
+# PGPORT and PGPASSWORD are missing here: alone they name no database, they change the default one's port or password.
 NAME_A_DATABASE = ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE")
 THROWAWAY = "EVENTS_TEST_THROWAWAY"  # set in the environment of the tests that run inside a throwaway PostgreSQL
 
 administration = None  # a connection to the database that the environment names
 
 
+# ---- Tools: the database --------------------------------------------------------------------------------------------
+
 def setUpModule():
     """Create the scratch database and point the environment at it, so that every child finds it.
 
-    Without a usable database, run the tests again inside a throwaway PostgreSQL, or fail: a skipped test proves nothing.
+    Without a usable database, run the tests again inside a throwaway PostgreSQL, or fail: a skipped test proves
+    nothing.
     """
     try:
         create_scratch_database()
@@ -72,9 +94,9 @@ def setUpModule():
             sys.stdout.flush()
             sys.stderr.flush()
             os.execvpe(command[0], command, throwaway_environment(os.environ))
-        raise RuntimeError(f"No PostgreSQL to test with ({str(error).strip()}). Start one, or name another with PGHOST, "
-                           "PGPORT, PGUSER and PGPASSWORD, or install Debian's postgresql-common: without those variables "
-                           "the tests then start a throwaway one with pg_virtualenv.") from None
+        raise RuntimeError(f"No PostgreSQL to test with ({str(error).strip()}). Start one, or name another with "
+                           "PGHOST, PGPORT, PGUSER and PGPASSWORD, or install Debian's postgresql-common: without "
+                           "those variables the tests then start a throwaway one with pg_virtualenv.") from None
 
 
 def create_scratch_database():
@@ -93,8 +115,8 @@ def create_scratch_database():
 def throwaway_command(environment):
     """Return the command that runs these tests again inside a throwaway PostgreSQL.
 
-    Return None when the environment names a database, when this is the second run already, or when Debian's pg_virtualenv
-    is missing.
+    Return None when the environment names a database, when this is the second run already, or when Debian's
+    pg_virtualenv is missing.
     """
     if THROWAWAY in environment or any(environment.get(variable) for variable in NAME_A_DATABASE):
         return None
@@ -148,6 +170,85 @@ def locked_users():
         yield
 
 
+def terminate_backends():
+    """End the server side of every connection to the scratch database."""
+    return query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                 "WHERE datname = current_database() AND pid <> pg_backend_pid()")
+
+
+# ---- Tools: events and logs -----------------------------------------------------------------------------------------
+
+def with_id(producer, sequence, user="user1", value=1):
+    """Return a log's line as a server writes it."""
+    return (f'{{"userId": "{user}", "name": "add_revenue", "value": {value}, '
+            f'"producerId": "{producer}", "sequence": {sequence}}}\n')
+
+
+def ids_in(*logs):
+    """Return the (producer, sequence) of every line of the logs."""
+    return [(event["producerId"], event["sequence"]) for log in logs
+            for event in map(json.loads, Path(log).read_text().split("\n")[:-1])]
+
+
+def nested(depth):
+    """Return an event that is nested so many levels deep."""
+    return EVENT[:-1] + b', "x": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+def with_value(value):
+    """Return an event with a value as it is written."""
+    return b'{"userId": "user1", "name": "add_revenue", "value": %b}' % value.encode()
+
+
+def with_user(user):
+    """Return an event with a userId as it is written."""
+    return b'{"userId": %b, "name": "add_revenue", "value": 1}' % (user if isinstance(user, bytes) else user.encode())
+
+
+def padded(size):
+    """Return an event of so many bytes."""
+    return EVENT[:-1] + b', "pad": "' + b"x" * (size - len(EVENT) - 11) + b'"}'
+
+
+def write_events(path, count, seed=0, users=50):
+    """Write random events to a file and return its path."""
+    chance = random.Random(seed)
+    with open(path, "w") as file:
+        for _ in range(count):
+            name = chance.choice(["add_revenue", "subtract_revenue"])
+            file.write(json.dumps({"userId": f"user{chance.randrange(users)}", "name": name,
+                                   "value": chance.randrange(10**6)}) + "\n")
+    return path
+
+
+def oracle(*paths):
+    """Return {user: sum} over event files: the independent reckoning."""
+    totals = collections.defaultdict(Decimal)
+    for path in paths:
+        for event in map(json.loads, Path(path).read_text().split("\n")[:-1]):
+            sign = 1 if event["name"] == "add_revenue" else -1
+            totals[event["userId"]] += sign * Decimal(str(event["value"]))
+    return dict(totals)
+
+
+def append(log, line):
+    """Append a line to a server's log, or raise what kept it from being durable."""
+    outcome = []
+    log.append(line, outcome.append)
+    if outcome != [None]:
+        raise outcome[0]
+
+
+def apply_uncommitted(path, connection):
+    """Count the events of a log in a connection's transaction."""
+    log = data_processor.Log(path)
+    with contextlib.closing(log.file), connection.cursor() as sql:
+        log.take_end()
+        data_processor.count_once(sql, data_processor.Chunk(log, 0, True))
+
+
+# ---- Tools: processes -----------------------------------------------------------------------------------------------
+
 def wait_until(condition, what, seconds=20):
     """Return condition's first true result, or fail."""
     end = time.monotonic() + seconds
@@ -156,6 +257,24 @@ def wait_until(condition, what, seconds=20):
             raise AssertionError(f"waited {seconds} s in vain until {what}")
         time.sleep(0.01)
     return result
+
+
+def alive(pid):
+    """Tell whether a process runs (a zombie does not)."""
+    if Path("/proc/self/stat").exists():
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return state.strip()[:1] not in ("", "Z")
+
+
+def children_of(pid):
+    """Return the ids of a process's children, the oldest first, with those that ended and are not reaped."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)  # macOS
+    return [int(child) for child in listing.stdout.split()]
 
 
 def can_bind(port):
@@ -170,51 +289,76 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def oracle(*paths):
-    """Return {user: sum} over event files: the independent reckoning."""
-    totals = collections.defaultdict(Decimal)
-    for path in paths:
-        for event in map(json.loads, Path(path).read_text().split("\n")[:-1]):
-            sign = 1 if event["name"] == "add_revenue" else -1
-            totals[event["userId"]] += sign * Decimal(str(event["value"]))
-    return dict(totals)
+def silence():
+    """Return a context in which nothing is printed by this process."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    return stack
 
 
-def write_events(path, count, seed=0, users=50):
-    """Write random events to a file and return its path."""
-    chance = random.Random(seed)
-    with open(path, "w") as file:
-        for _ in range(count):
-            name = chance.choice(["add_revenue", "subtract_revenue"])
-            file.write(json.dumps({"userId": f"user{chance.randrange(users)}", "name": name,
-                                   "value": chance.randrange(10**6)}) + "\n")
-    return path
+def run_in_child(action):
+    """Run action in a forked process and return its wait status: a kill there is a kill."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            action()
+            status = 0
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def named(producer, sequence, user="user1", value=1):
-    """Return a log's line as a server writes it."""
-    return (f'{{"userId": "{user}", "name": "add_revenue", "value": {value}, '
-            f'"producerId": "{producer}", "sequence": {sequence}}}\n')
+def patched(module, patch):
+    """Return (interpreter's arguments, environment) that run a script after some lines of Python have changed it."""
+    return (["-c", f"import sys, {module}\n{patch}\nsys.exit({module}.main())"], {"PYTHONPATH": str(HERE)})
 
 
-def names_in(*logs):
-    """Return the (producer, sequence) of every line of the logs."""
-    return [(event["producerId"], event["sequence"]) for log in logs
-            for event in map(json.loads, Path(log).read_text().split("\n")[:-1])]
+@contextlib.contextmanager
+def opened_processor():
+    """Return a context with a Processor in this process, whose logs and connection are closed at its end."""
+    processor = data_processor.Processor()
+    try:
+        yield processor
+    finally:
+        forget_logs(processor)
+        if processor.connection:
+            processor.connection.close()
+
+
+def forget_logs(processor):
+    """Close the logs that a processor holds open."""
+    for log in processor.logs.values():
+        log.file.close()
+    processor.logs.clear()
+
+
+@contextlib.contextmanager
+def opened_log(path):
+    """Return a context with a server's log in this process, which is closed at its end."""
+    log = server_module.Log(str(path))
+    try:
+        yield log
+    finally:
+        os.close(log._fd)
 
 
 class Server:
-    """A running server.py with a log of its own."""
+    """A running server.py with a log of its own; patch is Python that runs before main()."""
 
-    def __init__(self, test, *arguments, log="server-events.jsonl", port=0, script=None, **environment):
+    def __init__(self, test, *arguments, log="server-events.jsonl", port=0, patch=None, **environment):
         self.log = test.directory / log
         self.errors = test.directory / f"stderr-{secrets.token_hex(4)}"
         if port:
             wait_until(lambda: can_bind(port), "the port is free")
-        command = [sys.executable, *(script or [HERE / "server.py"]), "--port", str(port), "--log", self.log, *arguments]
+        script, path = patched("server", patch) if patch else ([HERE / "server.py"], {})
+        command = [sys.executable, *script, "--port", str(port), "--log", self.log, *arguments]
         with open(self.errors, "w") as errors:
-            self.process = subprocess.Popen(command, cwd=test.directory, stdout=subprocess.PIPE, stderr=errors, text=True,
-                                            env=os.environ | environment)
+            self.process = subprocess.Popen(command, cwd=test.directory, stdout=subprocess.PIPE, stderr=errors,
+                                            text=True, env=os.environ | path | environment)
         test.addCleanup(self.check_and_end, test)
         self.announcement = self.process.stdout.readline()
         if not self.announcement:
@@ -229,11 +373,7 @@ class Server:
 
     def workers(self):
         """Return the workers' process ids."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        if children.exists():
-            return [int(pid) for pid in children.read_text().split()]
-        listing = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True)
-        return [int(pid) for pid in listing.stdout.split()]
+        return children_of(self.process.pid)
 
     def stop(self, number=signal.SIGTERM):
         """Ask the server to stop and return its exit status."""
@@ -273,35 +413,6 @@ class Server:
             for piece in pieces:
                 wire.sendall(piece)
             return read_answer(wire)
-
-
-class Answers(io.BufferedReader):
-    """The receiving side of a socket, from which one answer after the other is read."""
-
-    def __init__(self, wire):
-        super().__init__(socket.SocketIO(wire, "r"))
-
-    def makefile(self, _mode):
-        """Stand in for a socket."""
-        return self
-
-    def close(self):
-        """Outlive the answer."""
-
-
-def silence():
-    """Return a context in which nothing is printed by this process."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-    return stack
-
-
-def read_answer(wire, method="GET"):
-    """Return (status, headers, body) of the next answer on a socket."""
-    answer = http.client.HTTPResponse(wire, method=method)
-    answer.begin()
-    return answer.status, answer.headers, answer.read()
 
 
 class SystemTest(unittest.TestCase):
@@ -353,10 +464,267 @@ class SystemTest(unittest.TestCase):
         self.assertEqual(dict(query("SELECT user_id, revenue FROM users_revenue")), expected)
 
 
+# ---- Tools: HTTP ----------------------------------------------------------------------------------------------------
+
+def request(method, target, *fields, body=b"", version="1.1", host="127.0.0.1", media="application/json", length=True):
+    """Return the bytes of a request with the usual fields and those that are given."""
+    lines = [f"{method} {target} HTTP/{version}"]
+    lines += [f"Host: {host}"] * (host is not None) + [f"Content-Type: {media}"] * bool(media)
+    lines += [f"Content-Length: {len(body)}"] * (length and bool(body))
+    return "\r\n".join([*lines, *fields, "", ""]).encode("latin-1") + body
+
+
+def post(*fields, body=b"", target="/liveEvent", **options):
+    """Return the bytes of a request that sends events."""
+    return request("POST", target, *fields, body=body, **options)
+
+
+def chunked(*chunks, end=b"0\r\n\r\n"):
+    """Return a request whose body is sent in chunks."""
+    return post("Transfer-Encoding: chunked") + b"".join(
+        b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + end
+
+
+def read_answer(wire, method="GET"):
+    """Return (status, headers, body) of the next answer on a socket."""
+    answer = http.client.HTTPResponse(wire, method=method)
+    answer.begin()
+    return answer.status, answer.headers, answer.read()
+
+
+class Answers(io.BufferedReader):
+    """The receiving side of a socket, from which one answer after the other is read."""
+
+    def __init__(self, wire):
+        super().__init__(socket.SocketIO(wire, "r"))
+
+    def makefile(self, _mode):
+        """Stand in for a socket."""
+        return self
+
+    def close(self):
+        """Outlive the answer."""
+
+
+@contextlib.contextmanager
+def serving(log, **settings):
+    """Return a context in which this process is a worker, with other settings than the server's own."""
+    with unittest.mock.patch.multiple(server_module, **settings), server_module.listen("127.0.0.1", 0) as listener:
+        worker = server_module.Worker(listener, log, None)
+        thread = threading.Thread(target=worker.serve_forever, args=[0.05])
+        thread.start()
+        try:
+            yield worker
+        finally:
+            worker.shutdown()
+            thread.join()
+
+
+BATCHES = (204, {"Accept-Post": "application/x-ndjson"}, b"")  # an answer to OPTIONS
+
+
+class Recorder:
+    """An HTTP server that answers what it is told to and records what it is sent; the answer None cuts a connection."""
+
+    def __init__(self, options, post):
+        recorder = self
+        self.posts = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_OPTIONS(self):
+                self.answer(options.pop(0) if len(options) > 1 else options[0])
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                recorder.posts.append((self.headers, body))
+                self.answer(post(len(recorder.posts) - 1, body))
+
+            def do_GET(self):
+                raise AssertionError("the client must not follow a redirect")
+
+            def answer(self, answer):
+                if answer is None:
+                    self.close_connection = True
+                    return
+                status, headers, body = answer
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/liveEvent"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+# ---- Tools: faults --------------------------------------------------------------------------------------------------
+
+class FaultySystem:
+    """The os or fcntl module with one call, counted over all of them, that goes wrong in a chosen way."""
+
+    CALLS = ("open", "fstat", "stat", "pread", "write", "ftruncate", "fdatasync", "fsync", "flock", "close")
+    FAULTS = ("EIO", "ENOSPC", "EIO for good", "short", "short, then ENOSPC", "killed before", "killed after")
+
+    def __init__(self, module, state, log):
+        self._module, self._state, self._log = module, state, log
+
+    def __getattr__(self, name):
+        real = getattr(self._module, name)
+        if name not in self.CALLS:
+            return real
+        return lambda *arguments, **options: self._call(name, real, *arguments, **options)
+
+    def _call(self, name, real, *arguments, **options):
+        state = self._state
+        state["count"] += 1
+        if name == "flock":
+            state["locked"] = arguments[1] == fcntl.LOCK_EX
+        elif name in ("write", "ftruncate") and not state.get("locked"):
+            raise AssertionError(f"{name} without the lock")
+        fault = state["fault"]
+        due = state["count"] == state["at"] or state["count"] > state["at"] and fault == "EIO for good"
+        if state["short"] and name == "write":
+            state["short"] = False
+            raise OSError(errno.ENOSPC, "no space")
+        if due:
+            state["fired"] = name
+            if fault == "killed before":
+                os._exit(9)
+            if fault.startswith("short") and name == "write":
+                state["short"] = fault != "short"
+                return real(arguments[0], bytes(arguments[1])[:len(arguments[1]) // 2])
+            if fault.startswith("short"):
+                state["fired"] = None  # nothing here that could be short
+            elif fault != "killed after":
+                raise OSError(errno.ENOSPC if fault == "ENOSPC" else errno.EIO, fault)
+        result = real(*arguments, **options)
+        if name == "fdatasync":
+            state["synced"] = self._log.read_bytes()
+        if name in ("open", "fsync") and arguments[1:] != (os.O_RDONLY,):
+            state["named"] = name == "fsync"  # the directory is synced after the log was opened
+        if due and fault == "killed after":
+            os._exit(9)
+        return result
+
+
+class FaultyConnection(psycopg2.extensions.connection):
+    """A connection that raises an error at one step: before or after a statement, at COMMIT, or just after it.
+
+    Steps are counted over all connections. OperationalError breaks the connection, too.
+    """
+
+    steps = fail_at = 0
+    error = None
+
+    @classmethod
+    def fail(cls, error, at):
+        """Count from 0 again, and raise error at that step; there is no step 0."""
+        cls.error, cls.fail_at, cls.steps = error, at, 0
+
+    def step(self):
+        """Count a step, or fail."""
+        FaultyConnection.steps += 1
+        if self.steps == self.fail_at:
+            if self.error is psycopg2.OperationalError:
+                self.close()
+            raise self.error("injected")
+
+    def cursor(self, *arguments, **options):
+        """Return a cursor whose statements are steps."""
+        return super().cursor(*arguments, cursor_factory=FaultyCursor, **options)
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            try:
+                self.step()  # at COMMIT
+            except BaseException:
+                if not self.closed:
+                    self.rollback()
+                raise
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            self.step()  # COMMIT was done, and nobody knows
+
+
+class FaultyCursor(psycopg2.extensions.cursor):
+    """A cursor of a FaultyConnection."""
+
+    def execute(self, *arguments):
+        """Execute a statement between two steps."""
+        self.connection.step()
+        super().execute(*arguments)
+        self.connection.step()
+
+
+class FaultyProxy:
+    """A TCP proxy that passes each connection on to one of some ports, and often cuts it: before or within the request,
+    before the answer, or after some bytes of it."""
+
+    def __init__(self, ports, seed):
+        self.ports, self._chance = ports, random.Random(seed)
+        self.cuts = 0
+        self.calm = False  # cut no more
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                wire, _ = self._listener.accept()
+            except OSError:
+                return
+            cut = self._chance.choice([None, None, None, "request", "answer", "answer", "answer later"])
+            port, budget = self._chance.choice(self.ports), self._chance.randrange(1, 20_000)
+            arguments = [wire, port, None if self.calm else cut, budget]
+            threading.Thread(target=self._pass, args=arguments, daemon=True).start()
+
+    def _pass(self, wire, port, cut, budget):
+        with contextlib.suppress(OSError), wire, socket.create_connection(("127.0.0.1", port), timeout=20) as server:
+            limits = {wire: budget if cut == "request" else 10**9,
+                      server: {"answer": 0, "answer later": budget % 150}.get(cut, 10**9)}
+            while True:
+                for source in select.select([wire, server], [], [], 20)[0] or [None]:
+                    data = source and source.recv(65536)
+                    if not data:
+                        return
+                    part = data[:limits[source]]
+                    limits[source] -= len(data)
+                    (server if source is wire else wire).sendall(part)
+                    if limits[source] < 0:
+                        self.cuts += 1
+                        return
+
+    def close(self):
+        """Take no more connections."""
+        self._listener.close()
+
+
+# ---- Tools: the README ----------------------------------------------------------------------------------------------
+
+def blocks(language):
+    """Return the README's code blocks of a language."""
+    return [text for name, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if name == language]
+
+
+# ---- From file to database ------------------------------------------------------------------------------------------
+
 class Pipeline(SystemTest):
     """From file to database."""
 
-    def test_the_sample_events_give_50_and_200_and_twice_that_when_they_are_sent_again(self):
+    def test_the_sample_events_count_each_time_they_are_sent(self):
         server = Server(self)
         shutil.copy(HERE / "events.jsonl", self.directory)
         for times in (1, 2):
@@ -369,7 +737,7 @@ class Pipeline(SystemTest):
                 self.assertEqual((status, body.decode()),
                                  (200, f'{{"userId": "{user}", "revenue": {revenue * times}}}'))
 
-    def test_create_table_sql_runs_in_psql_and_runs_again(self):
+    def test_create_table_sql_can_run_twice_in_psql(self):
         query("DROP TABLE users_revenue, event_producers, event_logs")
         for _ in range(2):
             subprocess.run(["psql", "-v", "ON_ERROR_STOP=1", "-q", "-d", os.environ["DATABASE_URL"],
@@ -386,7 +754,8 @@ class Pipeline(SystemTest):
             self.assertEqual(server.post(f'{{"userId": "{user}", "name": "{name}", "value": {value}}}')[0], 200)
         self.processor()
         for user, revenue in (("tenths", "0.3"), ("wide", "999999999999999999.999999999999999998"),
-                              ("debtor", "-999999999999999999.999999999999999999"), ("round", "1200.5"), ("nought", "0")):
+                              ("debtor", "-999999999999999999.999999999999999999"), ("round", "1200.5"),
+                              ("nought", "0")):
             self.assertEqual(server.ask("GET", f"/userEvents/{user}")[2].decode(),
                              f'{{"userId": "{user}", "revenue": {revenue}}}')
 
@@ -404,7 +773,7 @@ class Pipeline(SystemTest):
             self.assertEqual((status, json.loads(body)), (200, {"userId": user, "revenue": i}))
         self.assertEqual(json.loads(server.ask("GET", "/userEvents/a+b")[2])["revenue"], users.index("a+b"))
 
-    def test_a_plain_log_is_applied_once_and_so_is_what_is_appended_to_it(self):
+    def test_each_line_of_a_plain_log_that_grows_is_applied_once(self):
         logs = [write_events(self.path(f"plain{seed}"), 100, seed) for seed in (1, 2)]
         for appended in (False, True):
             for log in logs:
@@ -414,12 +783,12 @@ class Pipeline(SystemTest):
                 self.processor(log)
             self.assertRevenue(oracle(*logs))
 
-    def test_a_plain_log_that_was_edited_is_refused_where_it_cannot_be_known(self):
+    def test_an_edited_plain_log_has_its_lines_without_an_id_refused(self):
         log = write_events(self.path("plain.jsonl"), 3)
         first, second, third = log.read_bytes().splitlines(keepends=True)
         self.processor(log)
         expected = oracle(log)
-        log.write_bytes(first + third + second.replace(b"user", b"loser") + named("p", 1, "new", 5).encode())
+        log.write_bytes(first + third + second.replace(b"user", b"loser") + with_id("p", 1, "new", 5).encode())
         _, errors = self.processor(log, status=1)
         self.assertIn(f"plain.jsonl: byte {len(first)}: an event without producerId and sequence", errors)
         self.assertRevenue(expected | {"new": 5})
@@ -427,7 +796,7 @@ class Pipeline(SystemTest):
         self.processor(log, status=1)
         self.assertRevenue(expected | {"new": 5})
 
-    def test_the_client_reports_and_collects_bad_lines_and_delivers_the_rest(self):
+    def test_the_client_delivers_the_other_lines_of_a_file_with_bad_ones(self):
         server = Server(self)
         bad = [b"nonsense\n", b'{"userId": "user1", "name": "add_revenue", "value": "1"}\n']
         events = self.path("events.jsonl", EVENT + b"\n" + bad[0] + b"\n" + EVENT + b"\r\n" + bad[1] + EVENT)
@@ -439,12 +808,12 @@ class Pipeline(SystemTest):
         self.assertEqual(self.path("events.jsonl.rejected").read_bytes(), b"".join(bad))
         self.assertEqual(sorted(path.name for path in self.directory.glob("events.jsonl*")),
                          ["events.jsonl", "events.jsonl.rejected"])
-        self.assertEqual(sorted(sequence for _, sequence in names_in(server.log)), [1, 4, 6])
+        self.assertEqual(sorted(sequence for _, sequence in ids_in(server.log)), [1, 4, 6])
         self.assertEqual(events.read_bytes().count(b"\n"), 5)
 
-    def test_the_processor_reports_bad_lines_once_and_applies_the_rest(self):
-        lines = [EVENT + b"\n", b'{"userId": "user1"}\n', b"\xff\n", b"\n", EVENT + b"\n", b"x" * 300_000 + b"\n", EVENT + b"\n",
-                 EVENT]
+    def test_the_processor_applies_the_other_lines_of_a_log_with_bad_ones(self):
+        lines = [EVENT + b"\n", b'{"userId": "user1"}\n', b"\xff\n", b"\n", EVENT + b"\n", b"x" * 300_000 + b"\n",
+                 EVENT + b"\n", EVENT]
         log = self.path("server-events.jsonl", b"".join(lines))
         output, errors = self.processor(status=1)
         self.assertEqual(output, f"server-events.jsonl: 3 applied, 0 repeated, 3 rejected; {len(EVENT)} bytes of an "
@@ -456,7 +825,7 @@ class Pipeline(SystemTest):
         self.assertEqual(self.processor()[1], "")
         self.assertRevenue({"user1": 3})
 
-    def test_rotation_under_load_loses_nothing_and_the_processor_finds_the_rotated_logs(self):
+    def test_rotation_under_load_loses_nothing(self):
         server = Server(self)
         events = write_events(self.path("events.jsonl"), 30_000)
         client = self.start("client.py", "--url", server.url, "--batch-size", 20)
@@ -476,45 +845,7 @@ class Pipeline(SystemTest):
         self.assertRevenue(oracle(events))
         self.assertEqual(server.errors.read_text(), "")
 
-    def test_follow_applies_new_events_through_rotations_and_outages_until_it_is_told_to_stop(self):
-        server = Server(self)
-        follower = self.start("data_processor.py", "--follow", "server-events.jsonl")
-
-        def revenue():
-            return query("SELECT revenue FROM users_revenue")
-        server.post(EVENT)
-        wait_until(lambda: revenue() == [(1,)], "the first event was applied")
-        server.post(EVENT)
-        server.log.rename(self.path("renamed"))
-        server.post(EVENT)
-        wait_until(lambda: revenue() == [(3,)], "both logs were read")
-        follower.send_signal(signal.SIGSTOP)
-        for number in (1, 2):  # two rotations while nobody looks
-            server.log.rename(self.path(f"server-events.jsonl.{number}"))
-            server.post(EVENT)
-        follower.send_signal(signal.SIGCONT)
-        wait_until(lambda: revenue() == [(5,)], "all logs were read")
-        terminate_backends()
-        server.post(EVENT)
-        wait_until(lambda: revenue() == [(6,)], "the connection was made again")
-        server.log.rename(self.path("server-events.jsonl.3"))  # and no log is begun in its place
-        for total in (7, 8):
-            with open(self.path("server-events.jsonl.3"), "a") as log:
-                log.write(named("p", total))
-            wait_until(lambda: revenue() == [(total,)], "the renamed log is read once more")
-        follower.terminate()
-        self.assertEqual(follower.wait(10), 0)
-        self.assertRegex(follower.stderr.read(), r"\A(server-events.jsonl: is not there; waiting for it.\n)*\Z")
-
-    def test_follow_waits_for_a_directory_and_a_log_that_are_not_there_yet(self):
-        follower = self.start("data_processor.py", "--follow", "new/log")
-        self.assertEqual(follower.stderr.readline(), "new: No such file or directory. Trying again in 1 s.\n")
-        self.path("new").mkdir()
-        self.assertEqual(follower.stderr.readline(), "new/log: is not there; waiting for it.\n")
-        self.path("new/log", EVENT + b"\n")
-        wait_until(lambda: query("SELECT revenue FROM users_revenue") == [(1,)], "the log is applied")
-
-    def test_ctrl_c_ends_the_processor_quietly_even_while_it_waits_for_the_database(self):
+    def test_ctrl_c_ends_a_processor_that_waits_for_the_database_quietly(self):
         log = self.path("log", EVENT + b"\n")
         with locked_users():
             for number, arguments in enumerate(([], ["--follow"]), 1):
@@ -525,47 +856,57 @@ class Pipeline(SystemTest):
         self.processor(log)
         self.assertRevenue({"user1": 1})
 
-    def test_what_is_wrong_with_the_database_is_said_in_a_sentence(self):
+    def test_a_database_that_is_not_there_is_named_in_a_sentence(self):
         log = self.path("log", EVENT + b"\n")
         parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
-        for wrong, words in (({"password": "wrong"}, "password"), ({"dbname": "missing"}, "does not exist"),
-                             ({"host": "127.0.0.1", "hostaddr": "127.0.0.1", "port": free_port()}, "refused"),
-                             ({"user": "nobody-such"}, "No database")):
-            dsn = psycopg2.extensions.make_dsn(**(parts | wrong))
-            if "password" in wrong and not parts.get("password"):
-                continue
+        cases = {"a missing database": ({"dbname": "missing"}, "does not exist"),
+                 "a port where nothing listens": (
+                     {"host": "127.0.0.1", "hostaddr": "127.0.0.1", "port": free_port()}, "refused"),
+                 "an unknown user": ({"user": "nobody-such"}, "No database")}
+        if parts.get("password"):
+            cases["a wrong password"] = {"password": "wrong"}, "password"
+        for case, (wrong, words) in cases.items():
             for arguments in ([], ["--verify"]):
-                _, errors = self.processor(log, *arguments, status=1, DATABASE_URL=dsn)
-                self.assertIn(words, errors)
-                self.assertEqual(errors.count("\n"), 1)
+                with self.subTest(case, arguments=arguments):
+                    dsn = psycopg2.extensions.make_dsn(**(parts | wrong))
+                    _, errors = self.processor(log, *arguments, status=1, DATABASE_URL=dsn)
+                    self.assertIn(words, errors)
+                    self.assertEqual(errors.count("\n"), 1)
         _, errors = self.processor(log, status=1, DATABASE_URL="foo")
         self.assertEqual(errors.count("\n"), 1)
+
+    def test_a_database_that_is_not_in_utf8_is_refused(self):
         administer(f"CREATE DATABASE {SCRATCH}_ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
         self.addCleanup(administer, f"DROP DATABASE {SCRATCH}_ascii")
+        parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
         dsn = psycopg2.extensions.make_dsn(**(parts | {"dbname": f"{SCRATCH}_ascii"}))
-        self.assertIn("is encoded in SQL_ASCII; create one with", self.processor(log, status=1, DATABASE_URL=dsn)[1])
-        query("ALTER TABLE users_revenue RENAME COLUMN user_id TO someone")
-        _, errors = self.processor(log, status=1)
-        self.assertIn("users_revenue.user_id is missing", errors)
-        for arguments, words in (([self.directory], "Is a directory"), (["missing"], "No such file")):
-            query("DROP TABLE users_revenue")
-            query((HERE / "create_table.sql").read_text())
-            _, errors = self.processor(*arguments, status=1)
-            self.assertIn(words, errors)
-        _, errors = self.processor(status=1)
-        self.assertIn("server-events.jsonl: no such file; start server.py", errors)
+        _, errors = self.processor(self.path("log", EVENT + b"\n"), status=1, DATABASE_URL=dsn)
+        self.assertIn("is encoded in SQL_ASCII; create one with", errors)
 
-    def test_without_a_database_events_are_taken_and_everyone_is_told(self):
-        nowhere = {"DATABASE_URL": f"postgresql://localhost:{free_port()}/nowhere"}
-        server = Server(self, **nowhere)
+    def test_a_table_of_another_shape_is_refused(self):
+        query("ALTER TABLE users_revenue RENAME COLUMN user_id TO someone")
+        _, errors = self.processor(self.path("log", EVENT + b"\n"), status=1)
+        self.assertIn("users_revenue.user_id is missing", errors)
+
+    def test_a_log_that_cannot_be_read_is_named_in_a_sentence(self):
+        for arguments, words in (([self.directory], "Is a directory"), (["missing"], "No such file"),
+                                 ([], "server-events.jsonl: no such file; start server.py")):
+            with self.subTest(words):
+                self.assertIn(words, self.processor(*arguments, status=1)[1])
+
+    def test_without_a_database_the_server_takes_events(self):
+        server = Server(self, DATABASE_URL=f"postgresql://localhost:{free_port()}/nowhere")
         self.assertEqual(server.post(EVENT)[0], 200)
         status, headers, _ = server.ask("GET", "/userEvents/user1")
         self.assertEqual((status, headers["Retry-After"]), (503, "2"))
         self.assertEqual(server.ask("GET", "/health")[0], 200)
-        _, errors = self.processor(status=1, **nowhere)
+        self.assertEqual(len(ids_in(server.log)), 1)
+
+    def test_without_a_database_the_processor_says_to_start_one(self):
+        self.path("server-events.jsonl", with_id("p", 1))
+        _, errors = self.processor(status=1, DATABASE_URL=f"postgresql://localhost:{free_port()}/nowhere")
         self.assertEqual(errors.count("\n"), 1)
         self.assertIn("Start PostgreSQL", errors)
-        self.assertEqual(len(names_in(server.log)), 1)
 
     def test_a_database_that_hangs_starves_no_post(self):
         server = Server(self, "--workers", "1")
@@ -604,11 +945,13 @@ class Pipeline(SystemTest):
                     asking.join()
                 self.assertEqual(answers, [503])
 
-    def test_before_the_tables_exist_a_user_is_unknown_and_the_processor_creates_them(self):
+    def test_before_the_tables_exist_every_user_is_unknown(self):
         query("DROP TABLE users_revenue, event_producers, event_logs")
-        server = Server(self)
-        self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
-        server.post(EVENT)
+        self.assertEqual(Server(self).ask("GET", "/userEvents/user1")[0], 404)
+
+    def test_processors_at_once_create_the_missing_tables(self):
+        query("DROP TABLE users_revenue, event_producers, event_logs")
+        Server(self).post(EVENT)
         processors = [self.start("data_processor.py") for _ in range(4)]
         for processor in processors:
             self.assertEqual(processor.wait(20), 0, processor.stderr.read())
@@ -627,32 +970,23 @@ class Pipeline(SystemTest):
             self.assertEqual(second.wait(20), 0, second.stderr.read())
         self.assertRevenue({"user1": 1})
 
-    def test_a_revenue_column_that_would_round_is_refused_and_a_kept_table_is_added_to(self):
+    def test_a_revenue_column_that_would_round_is_refused(self):
         log = self.path("log", EVENT + b"\n")
         for kind in ("double precision", "numeric(10, 2)", "bigint"):
-            query(f"ALTER TABLE users_revenue ALTER COLUMN revenue TYPE {kind}")
-            _, errors = self.processor(log, status=1)
-            self.assertIn("ALTER TABLE users_revenue ALTER COLUMN revenue TYPE numeric\n", errors)
+            with self.subTest(kind):
+                query(f"ALTER TABLE users_revenue ALTER COLUMN revenue TYPE {kind}")
+                _, errors = self.processor(log, status=1)
+                self.assertIn("ALTER TABLE users_revenue ALTER COLUMN revenue TYPE numeric\n", errors)
+
+    def test_the_rows_of_an_older_table_are_added_to(self):
         query("DROP TABLE users_revenue")
         query("CREATE TABLE users_revenue (id serial, user_id varchar(255) PRIMARY KEY, revenue numeric)")
         query("INSERT INTO users_revenue (user_id, revenue) VALUES ('user1', 0.5), ('user2', NULL)")
-        self.processor(log, self.path("other", named("p", 1, "user2")))
+        self.processor(self.path("log", EVENT + b"\n"), self.path("other", with_id("p", 1, "user2")))
         self.assertRevenue({"user1": Decimal("1.5"), "user2": 1})
 
 
-def terminate_backends():
-    """End the server side of every connection to the scratch database."""
-    return query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                 "WHERE datname = current_database() AND pid <> pg_backend_pid()")
-
-
-def count(path, connection):
-    """Count the events of a log in a connection's transaction."""
-    log = data_processor.Log(path)
-    with contextlib.closing(log.file), connection.cursor() as sql:
-        log.take_end()
-        data_processor.count_once(sql, data_processor.Chunk(log, 0, True))
-
+# ---- Exactly once ---------------------------------------------------------------------------------------------------
 
 class ExactlyOnce(SystemTest):
     """Whatever is killed, retried, run again or copied in between."""
@@ -670,19 +1004,20 @@ class ExactlyOnce(SystemTest):
         _, errors = self.client("--url", server.url)
         self.assertIn("going on", errors)
         self.assertFalse(self.path("events.jsonl.delivery").exists())
-        names = names_in(server.log)
-        self.assertEqual({(names[0][0], line) for line in range(1, 100_001)}, set(names))
-        self.assertGreater(len(names), 100_000)
+        ids = ids_in(server.log)
+        self.assertEqual({(ids[0][0], line) for line in range(1, 100_001)}, set(ids))
+        self.assertGreater(len(ids), 100_000)
         output, _ = self.processor()
-        self.assertIn(f"100,000 applied, {len(names) - 100_000:,} repeated", output)
+        self.assertIn(f"100,000 applied, {len(ids) - 100_000:,} repeated", output)
         self.assertRevenue(oracle(events))
 
-    def test_processors_at_once_one_of_them_killed_and_the_backend_of_one_terminated(self):
+    def test_processors_at_once_count_once_although_some_are_killed(self):
         server = Server(self)
         events = write_events(self.path("events.jsonl"), 100_000)
         self.client("--url", server.url)
         lines = server.log.read_text().splitlines(keepends=True)
-        logs = [server.log, self.path("reversed", "".join(reversed(lines))), self.path("second half", "".join(lines[50_000:]))]
+        logs = [server.log, self.path("reversed", "".join(reversed(lines))),
+                self.path("second half", "".join(lines[50_000:]))]
         with locked_users():
             processors = [self.start("data_processor.py", log) for log in logs * 2]
             wait_until(lambda: len(waiting()) == len(processors), "all wait for each other")
@@ -693,37 +1028,39 @@ class ExactlyOnce(SystemTest):
         self.assertRevenue(oracle(events))
         self.assertEqual(query("SELECT applied::text FROM event_producers"), [("{[1,100001)}",)])
 
-    def test_when_the_parent_is_killed_its_workers_end_and_the_port_is_free(self):
+    def test_the_port_is_free_after_the_parent_was_killed(self):
         server = Server(self, "--workers", "3")
         workers = server.workers()
         self.assertEqual(len(workers), 3)
         idle = server.connect()
         self.addCleanup(idle.close)
         server.kill()
+        wait_until(lambda: can_bind(server.port) and not any(map(alive, workers)), "port and workers are gone",
+                   seconds=1)
 
-        wait_until(lambda: can_bind(server.port) and not any(map(alive, workers)), "port and workers are gone", seconds=1)
+    def test_a_server_has_a_worker_per_core(self):
+        self.assertEqual(len(Server(self).workers()), os.cpu_count())
 
     def test_a_worker_that_dies_is_replaced(self):
-        self.assertEqual(len(Server(self, log="other").workers()), os.cpu_count())
         # Also with a child of another program, whose exit status is 3, with SIGCHLD ignored, a full disk below stderr,
         # and a fork that fails.
-        script = ["-c", "import os, signal, sys, time, server; fork = os.fork\n"
-                        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
-                        "if not fork():\n"
-                        "    while not os.path.exists('end'):\n"
-                        "        time.sleep(0.01)\n"
-                        "    os._exit(3)\n"
-                        "def fork_or_fail():\n"
-                        "    forks.append(1)\n"
-                        "    return fork() if len(forks) != 3 else os.open('', 0)\n"
-                        "forks, os.fork = [], fork_or_fail\n"
-                        "sys.stderr = open('/dev/full', 'w', 1); sys.path[0] = ''; sys.exit(server.main())"]
-        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-            server = Server(self, "--workers", "2", script=script)
+        server = Server(self, "--workers", "2", patch="""
+import os, signal, time
+fork = os.fork
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+if not fork():
+    while not os.path.exists("end"):
+        time.sleep(0.01)
+    os._exit(3)
+def fork_or_fail():
+    forks.append(1)
+    return fork() if len(forks) != 3 else os.open("", 0)
+forks, os.fork = [], fork_or_fail
+sys.stderr = open("/dev/full", "w", 1)
+""")
         stranger, *workers = server.workers()
         self.path("end", b"")
-        wait_until(lambda: not alive(stranger), "the stranger has ended")
-        self.assertEqual(server.workers(), workers)
+        wait_until(lambda: server.workers() == workers, "the stranger has ended and is reaped, and the workers stay")
         os.kill(workers[0], signal.SIGKILL)
         wait_until(lambda: len(server.workers()) == 2 and workers[0] not in server.workers(), "there are two workers")
         for _ in range(8):
@@ -747,24 +1084,29 @@ class ExactlyOnce(SystemTest):
         one, two = Server(self, log="one"), Server(self, log="two")
         for server, first in ((one, 1), (two, 1), (one, 2), (two, 3)):
             body = b"".join(EVENT.replace(b"user1", b"user%d" % sequence) + b"\n" for sequence in (first, first + 1))
-            self.assertEqual(server.post(body, "application/x-ndjson", Producer_Id="sender", Sequence=first)[0], 200)
-        logs = [one.log, two.log]
-        both = one.log.read_bytes() + two.log.read_bytes()
+            status, _ = server.post(body, "application/x-ndjson", Producer_Id="sender", Sequence=first)
+            self.assertEqual(status, 200)
+        first, second = one.log, two.log
+        both = first.read_bytes() + second.read_bytes()
         lines = both.splitlines(keepends=True)
-        orders = [[logs[0], logs[1]], [logs[1], logs[0]], [self.path("both", both), *logs],
-                  [self.path("head", b"".join(lines[:5])), self.path("again", both + both), logs[1], logs[0]],
-                  [self.path("reversed", b"".join(reversed(lines)))], [logs[0], self.path("copy", both), logs[1]]]
-        for order in orders:
-            query("TRUNCATE users_revenue, event_producers, event_logs")
-            for log in order:
-                self.processor(log)
-            self.processor(*order)
-            self.assertRevenue({f"user{sequence}": 1 for sequence in (1, 2, 3, 4)})
+        orders = {"one after the other": [first, second], "the other way round": [second, first],
+                  "after their concatenation": [self.path("both", both), first, second],
+                  "after a cut log and a double one": [self.path("head", b"".join(lines[:5])),
+                                                       self.path("again", both + both), second, first],
+                  "reversed": [self.path("reversed", b"".join(reversed(lines)))],
+                  "with a copy between them": [first, self.path("copy", both), second]}
+        for order, logs in orders.items():
+            with self.subTest(order):
+                query("TRUNCATE users_revenue, event_producers, event_logs")
+                for log in logs:
+                    self.processor(log)
+                self.processor(*logs)
+                self.assertRevenue({f"user{sequence}": 1 for sequence in (1, 2, 3, 4)})
 
     def test_two_logs_of_one_producer_processed_at_the_same_moment_count_once(self):
         for attempt in range(3):
             query("TRUNCATE users_revenue, event_producers, event_logs")
-            logs = [self.path(f"log{part}", "".join(named(f"p{producer}", sequence, f"user{sequence % 7}")
+            logs = [self.path(f"log{part}", "".join(with_id(f"p{producer}", sequence, f"user{sequence % 7}")
                                                     for producer in random.sample(range(30), 30)
                                                     for sequence in range(1 + 20 * part, 101 + 20 * part)))
                     for part in range(3)]
@@ -774,12 +1116,12 @@ class ExactlyOnce(SystemTest):
             self.assertEqual(query("SELECT sum(revenue) FROM users_revenue"), [(30 * 140,)])
             self.assertEqual(query("SELECT DISTINCT applied::text FROM event_producers"), [("{[1,141)}",)])
 
-    def test_of_two_processors_that_meet_a_producer_new_or_known_the_second_waits(self):
+    def test_of_two_processors_that_meet_a_producer_the_second_waits(self):
         for start in (1, 3):
-            first, second = (self.path(f"log{n}", named("p", n) + named("p", n + 1)) for n in (start, start + 1))
+            first, second = (self.path(f"log{n}", with_id("p", n) + with_id("p", n + 1)) for n in (start, start + 1))
             connection = data_processor.open_database()
             with contextlib.closing(connection):
-                count(first, connection)
+                apply_uncommitted(first, connection)
                 other = self.start("data_processor.py", second)
                 wait_until(waiting, "the other waits")
                 connection.commit()
@@ -797,17 +1139,17 @@ class ExactlyOnce(SystemTest):
         self.assertRevenue({"user1": 2})
 
     def test_a_producer_that_was_read_is_not_changed_by_others_until_the_commit(self):
-        first, second = (self.path(f"log{n}", named("p", n) + named("p", 2)) for n in (1, 3))
-        self.processor(self.path("known", named("p", 9)))
+        first, second = (self.path(f"log{n}", with_id("p", n) + with_id("p", 2)) for n in (1, 3))
+        self.processor(self.path("known", with_id("p", 9)))
         totals, other = data_processor.Chunk.totals, []
 
         def decide(chunk, *arguments):  # between the reading of the producers and the writing
             other.append(self.start("data_processor.py", second))
             wait_until(lambda: other[0].poll() is not None or waiting(), "the other waits")
             return totals(chunk, *arguments)
-        connection = data_processor.open_database()
-        with contextlib.closing(connection), connection, unittest.mock.patch.object(data_processor.Chunk, "totals", decide):
-            count(first, connection)
+        with contextlib.closing(data_processor.open_database()) as connection, connection, \
+                unittest.mock.patch.object(data_processor.Chunk, "totals", decide):
+            apply_uncommitted(first, connection)
         self.assertEqual(other[0].wait(20), 0)
         self.assertRevenue({"user1": 4})
 
@@ -817,7 +1159,7 @@ class ExactlyOnce(SystemTest):
         def intrude(path):
             connection = connect(os.environ["DATABASE_URL"], options="-c lock_timeout=20ms")
             with contextlib.closing(connection), contextlib.suppress(psycopg2.errors.LockNotAvailable):
-                count(path, connection)
+                apply_uncommitted(path, connection)
                 connection.commit()
 
         class Cursor(psycopg2.extensions.cursor):
@@ -833,35 +1175,35 @@ class ExactlyOnce(SystemTest):
 
             def cursor(self, *arguments, **options):
                 return super().cursor(*arguments, cursor_factory=Cursor, **options)
-        paths = [self.path(f"log{a}{b}", named("p", a) + named("p", b)) for a, b in ((1, 2), (2, 3), (1, 3))]
-        for first in range(5):
-            for second in range(first, 5):
-                intrusions = first, second
+        paths = [self.path(f"log{a}{b}", with_id("p", a) + with_id("p", b)) for a, b in ((1, 2), (2, 3), (1, 3))]
+        for intrusions in itertools.combinations_with_replacement(range(5), 2):
+            with self.subTest(intrusions=intrusions):
                 query("TRUNCATE users_revenue, event_producers, event_logs")
-                with contextlib.closing(connect(os.environ["DATABASE_URL"], connection_factory=Interrupted)) as connection:
-                    count(paths[0], connection)
+                connection = connect(os.environ["DATABASE_URL"], connection_factory=Interrupted)
+                with contextlib.closing(connection):
+                    apply_uncommitted(paths[0], connection)
                     connection.commit()
                     self.assertTrue(connection.steps, "nobody came between")
                 for path in paths:
                     intrude(path)
-                self.assertEqual(query("SELECT revenue FROM users_revenue"), [(3,)], intrusions)
+                self.assertEqual(query("SELECT revenue FROM users_revenue"), [(3,)])
 
     def test_two_processors_never_wait_for_each_other(self):
         users = [f"user{number}" for number in range(10_000)]
-        logs = [self.path(producer, "".join(named(producer, number, user) for number, user in enumerate(order, 1)))
+        logs = [self.path(producer, "".join(with_id(producer, number, user) for number, user in enumerate(order, 1)))
                 for producer, order in (("p", users), ("q", users[::-1]))]
         deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         before = query(deadlocks)
         with locked_users():
             processors = [self.start("data_processor.py", log) for log in logs]
             wait_until(lambda: len(waiting()) == 2, "both wait")
         self.assertEqual([processor.wait(30) for processor in processors], [0, 0])
-        wait_until(lambda: query("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()") == [(1,)],
-                   "their sessions have ended and counted their deadlocks")
+        wait_until(lambda: query(sessions) == [(1,)], "their sessions have ended and counted their deadlocks")
         self.assertEqual(query(deadlocks), before)
 
     def test_a_processor_that_stands_still_does_not_hold_up_the_others_for_long(self):
-        log = self.path("log", named("p", 1))
+        log = self.path("log", with_id("p", 1))
         count_once, outputs = data_processor.count_once, []
 
         def stand_still(sql, chunk):
@@ -869,48 +1211,47 @@ class ExactlyOnce(SystemTest):
             if not outputs:
                 outputs.append(self.processor(log)[0])
             return counted
-        processor = data_processor.Processor()
-        with silence(), unittest.mock.patch.multiple(data_processor, count_once=stand_still, IDLE_SECONDS=0.2):
+        with opened_processor() as processor, silence(), \
+                unittest.mock.patch.multiple(data_processor, count_once=stand_still, IDLE_SECONDS=0.2):
             processor.run_once([str(log)])
-        processor.connection.close()
         self.assertIn("1 applied", outputs[0])
         self.assertRevenue({"user1": 1})
 
-    def test_a_chunk_is_bounded_in_bytes_in_time_and_in_bad_lines(self):
-        for line, limits in ((named("p", 1), {"CHUNK_BYTES": 1000}), (named("p", 1), {"CHUNK_SECONDS": -1}),
-                             ("x\n", {"CHUNK_REJECTED": 100})):
-            log = data_processor.Log(self.path("log", 1000 * line))
-            with contextlib.closing(log.file), unittest.mock.patch.multiple(data_processor, BLOCK_BYTES=500, **limits):
-                log.take_end()
-                chunk = data_processor.Chunk(log, 0, True)
-            self.assertEqual(len(chunk.users) + len(chunk.rejected), chunk.end // len(line))
-            self.assertLess(chunk.end, 2000)
+    def test_a_chunk_is_bounded(self):
+        for bound, line, limits in (("in bytes", with_id("p", 1), {"CHUNK_BYTES": 1000}),
+                                    ("in time", with_id("p", 1), {"CHUNK_SECONDS": -1}),
+                                    ("in bad lines", "x\n", {"CHUNK_REJECTED": 100})):
+            with self.subTest(bound):
+                log = data_processor.Log(self.path("log", 1000 * line))
+                with contextlib.closing(log.file), \
+                        unittest.mock.patch.multiple(data_processor, BLOCK_BYTES=500, **limits):
+                    log.take_end()
+                    chunk = data_processor.Chunk(log, 0, True)
+                self.assertEqual(len(chunk.users) + len(chunk.rejected), chunk.end // len(line))
+                self.assertLess(chunk.end, 2000)
 
     def test_a_log_that_is_not_the_one_read_before_is_read_to_its_end_in_chunks(self):
-        log = self.path("log", "".join(named("p", n) for n in range(1, 4)))
-        processor = data_processor.Processor()
-        with silence(), unittest.mock.patch.object(data_processor, "CHUNK_BYTES", 1), \
-                unittest.mock.patch.object(data_processor, "BLOCK_BYTES", 150):
+        log = self.path("log", "".join(with_id("p", n) for n in range(1, 4)))
+        with opened_processor() as processor, silence(), \
+                unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=1, BLOCK_BYTES=150):
             processor.run_once([str(log)])
-            log.write_text(named("p", 1) + "".join(named("q", n) for n in range(1, 6)))
+            log.write_text(with_id("p", 1) + "".join(with_id("q", n) for n in range(1, 6)))
             processor.run_once([str(log)])
-        processor.connection.close()
         self.assertRevenue({"user1": 8})
 
-    def test_a_log_without_names_that_was_changed_is_refused_in_every_chunk(self):
-        log = self.path("log", named("p", 1) + 3 * (EVENT.decode() + "\n"))
+    def test_every_chunk_of_a_changed_log_has_its_lines_without_an_id_refused(self):
+        log = self.path("log", with_id("p", 1) + 3 * (EVENT.decode() + "\n"))
         for failed in (False, True, True):
-            processor = data_processor.Processor()
-            with silence(), unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=700, BLOCK_BYTES=200):
+            with opened_processor() as processor, silence(), \
+                    unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=700, BLOCK_BYTES=200):
                 processor.run_once([str(log)])
-            processor.connection.close()
             self.assertEqual(processor.failed, failed)
-            log.write_text("".join(named("p", n) for n in range(1, 11)) + 4 * (EVENT.decode() + "\n")
-                           + "".join(named("p", n) for n in range(11, 31)))
+            log.write_text("".join(with_id("p", n) for n in range(1, 11)) + 4 * (EVENT.decode() + "\n")
+                           + "".join(with_id("p", n) for n in range(11, 31)))
         self.assertRevenue({"user1": 3 + 30})
 
-    def test_a_position_never_moves_back_and_a_restored_log_goes_on_from_its_start(self):
-        content = "".join(named("p", sequence) for sequence in range(1, 2001))
+    def test_a_position_never_moves_back(self):
+        content = "".join(with_id("p", sequence) for sequence in range(1, 2001))
         log = self.path("log", content)
         self.processor(log)
         position = query("SELECT position FROM event_logs")
@@ -918,29 +1259,1149 @@ class ExactlyOnce(SystemTest):
         output, _ = self.processor(log)
         self.assertIn(" 0 applied", output)
         self.assertEqual(query("SELECT position FROM event_logs"), position)
-        log.write_text(named("p", 1) + content.partition("\n")[2].replace("user1", "User1") + named("p", 2001))
+
+    def test_a_log_that_was_rewritten_is_read_from_its_start(self):
+        content = "".join(with_id("p", sequence) for sequence in range(1, 2001))
+        log = self.path("log", content)
+        self.processor(log)
+        log.write_text(content[:len(content) // 2].rpartition("\n")[0] + "\n")
+        self.processor(log)
+        rewritten = content.partition("\n")[2].replace("user1", "User1")
+        log.write_text(with_id("p", 1) + rewritten + with_id("p", 2001))
         self.processor(log)
         self.assertRevenue({"user1": 2001})
         self.assertEqual(query("SELECT position FROM event_logs"), [(log.stat().st_size,)])
 
 
-README = (HERE / "README.md").read_text()
+# ---- Durability -----------------------------------------------------------------------------------------------------
+
+class Durability(SystemTest):
+    """Every step fails once."""
+
+    def append_with_fault(self, log_path, fault, at):
+        """Append three events in a child, one system call of which goes wrong; return (exit status, what happened)."""
+        report = self.path("report", b"")
+
+        def child():
+            state = {"count": 0, "at": at, "fault": fault, "fired": None, "short": False, "synced": b"", "named": False}
+            with (unittest.mock.patch.object(server_module, "os", FaultySystem(os, state, log_path)),
+                  unittest.mock.patch.object(server_module, "fcntl", FaultySystem(fcntl, state, log_path)),
+                  silence(), open(report, "ab", buffering=0) as out):
+                try:
+                    log = server_module.Log(str(log_path))
+                except OSError:
+                    log = None
+                for sequence in range(1, 4) if log else ():
+                    if sequence == 3:  # a rotation in between
+                        log_path.rename(self.path("rotated"))
+                    line = with_id("p", sequence).encode()
+                    try:
+                        append(log, line)
+                    except OSError:
+                        continue
+                    # "log" may have been put into the line
+                    if line[-20:] not in state["synced"] or not state["named"]:
+                        out.write(b"acknowledged before the sync\n")
+                    out.write(b"acknowledged %d\n" % sequence)
+                out.write(b"fired %s\n" % str(state["fired"]).encode())
+        status = run_in_child(child)
+        return status, report.read_text()
+
+    def assertAppendSurvives(self, fault, at):
+        """Append with a fault at a call, restart, check the logs; return (exit status, report, acknowledged ids)."""
+        for name in ("log", "rotated"):
+            self.path(name).unlink(missing_ok=True)
+        path = self.path("log", with_id("earlier", 1) + '{"torn')
+        status, report = self.append_with_fault(path, fault, at)
+        self.assertIn(status, (0, 9))
+        self.assertNotIn("before the sync", report)
+        with opened_log(path) as log, silence():  # the restart
+            append(log, with_id("later", 1).encode())
+        ids = ids_in(*[path for path in (self.path("rotated"), path) if path.exists()])  # fails on a glued line
+        self.assertEqual(len(ids), len(set(ids)))
+        acknowledged = {("p", int(n)) for n in re.findall(r"acknowledged (\d)", report)}
+        self.assertLessEqual(acknowledged | {("earlier", 1), ("later", 1)}, set(ids), (fault, at, report))
+        self.assertLessEqual(set(ids), {("earlier", 1), ("later", 1), ("p", 1), ("p", 2), ("p", 3)})
+        return status, report, acknowledged
+
+    def test_an_append_survives_a_fault_at_any_step(self):
+        fired = collections.Counter()
+        for fault in FaultySystem.FAULTS:
+            for at in range(1, 200):
+                status, report, acknowledged = self.assertAppendSurvives(fault, at)
+                if status == 0 and "fired None" in report:
+                    if fault.startswith("short"):
+                        if at < 60:
+                            continue
+                    self.assertEqual(len(acknowledged), 3)
+                    break
+                fired[fault] += 1
+            else:
+                self.fail("no append was completed without the fault")
+        self.assertGreater(min(fired[fault] for fault in FaultySystem.FAULTS if not fault.startswith("short")), 20)
+        self.assertGreaterEqual(min(fired.values()), 3)
+
+    def test_an_event_that_comes_at_any_step_of_another_is_answered(self):
+        first, second = with_id("p", 1).encode(), with_id("p", 2).encode()
+
+        class Interrupted(FaultySystem):
+            def _call(self, name, real, *arguments, **options):
+                self._state["count"] += 1
+                if self._state["count"] == at:
+                    others.append(threading.Thread(target=log.append, args=[second, outcomes.append]))
+                    others[0].start()
+                    wait_until(lambda: second in [lines for lines, _ in log._group], "the other has joined a group")
+                return real(*arguments, **options)
+        for at in itertools.count(1):
+            path, state, outcomes, others = self.path(f"log{at}"), {"count": 0}, [], []
+            systems = {module.__name__: Interrupted(module, state, path) for module in (os, fcntl)}
+            with opened_log(path) as log, unittest.mock.patch.multiple(server_module, **systems):
+                log.append(first, outcomes.append)
+                for other in others:
+                    other.join(20)
+            if not others:
+                break
+            self.assertEqual((outcomes, ids_in(path)), ([None, None], [("p", 1), ("p", 2)]), at)
+        self.assertGreater(at, 5)
+
+    def test_whoever_comes_during_a_sync_shares_the_next_one(self):
+        goes_on, syncs, done = threading.Event(), [], []
+        sync = unittest.mock.patch.object(server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20))
+        with opened_log(self.path("log")) as log, sync:
+            threads = [threading.Thread(target=log.append, args=[with_id("p", n).encode(), done.append])
+                       for n in range(10)]
+            threads[0].start()
+            wait_until(lambda: syncs, "the first is syncing")
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(lambda: sum(thread.is_alive() for thread in threads) == 2,
+                       "one of the others stays to sync for all")
+            goes_on.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual((len(syncs), done), (2, [None] * 10))
+
+    def test_a_failed_sync_of_the_directory_is_final_too(self):
+        path = self.path("log")
+        with opened_log(path) as log:
+            path.rename(self.path("rotated"))
+            with unittest.mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "Input/output error")):
+                self.assertRaises(server_module.SyncFailed, append, log, with_id("p", 1).encode())
+            self.assertRaises(server_module.SyncFailed, append, log, with_id("p", 1).encode())
+
+    def test_an_answer_that_is_not_read_yet_is_sent_by_a_thread_of_its_own(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.settimeout(20)
+            handler = server_module.Handler.__new__(server_module.Handler)
+            handler.connection, handler.answered = ours, threading.Event()
+            handler.send_without_waiting(b"x" * 10**7)
+            self.assertFalse(handler.answered.is_set())
+            with theirs.makefile("rb") as answer:
+                self.assertEqual(len(answer.read(10**7)), 10**7)
+            self.assertTrue(handler.answered.wait(20))
+
+    def test_a_chunk_counts_once_although_any_step_fails(self):
+        def lines(*sequences):
+            return "".join(with_id("p", n, f"user{n % 3}") for n in sequences)
+        logs = [str(self.path("one", lines(1, 2, 3, 2, 8) + f"bad\n{EVENT.decode()}\n")),
+                str(self.path("two", lines(3, 4, 8) + with_id("q", 1)))]
+        expected = {"user0": 1, "user1": 4, "user2": 2}
+
+        def run():
+            with opened_processor() as processor:
+                try:
+                    processor.run_once(logs)
+                    return True
+                except (data_processor.Failure, SystemExit):
+                    return False
+
+        connect, sleep = data_processor.connect, unittest.mock.patch.object(data_processor.time, "sleep")
+        patched = unittest.mock.patch.object(
+            data_processor, "connect", lambda **options: connect(**options, connection_factory=FaultyConnection))
+        with sleep, patched, silence():
+            for error in (psycopg2.OperationalError, psycopg2.errors.DeadlockDetected, SystemExit):
+                survived = 0
+                for at in range(1, 1000):
+                    query("TRUNCATE users_revenue, event_producers, event_logs")
+                    FaultyConnection.fail(error, at)
+                    errors = io.StringIO()
+                    with contextlib.redirect_stderr(errors):
+                        survived += run()
+                    if FaultyConnection.steps < at:
+                        break
+                    FaultyConnection.fail(None, 0)
+                    with contextlib.redirect_stderr(errors):
+                        self.assertTrue(run())
+                    self.assertRevenue(expected)
+                    self.assertIn("not JSON", errors.getvalue(), "a bad line is reported at least once")
+                self.assertGreater(at, 40)
+                self.assertRevenue(expected)
+                self.assertEqual(survived > 20, error is not SystemExit)
+
+    TAILS = {
+        "NULs": b"\0" * 10, "a line of NULs": b"\0" * 10 + b"\n", "an empty line": b"\n", "empty lines": b"\n\n\n",
+        "half a character": b"\xe2\x82", "a line with half a character": b"\xe2\x82\n",
+        "half a field": b'{"userId": "user1", "na', "an event without a line end": EVENT,
+        "an event with an id without a line end": with_id("p", 9).encode()[:-1], "a line of braces": b"}" * 5 + b"\n",
+        "CR": b"\r", "CRLF": b"\r\n", "a space": b" ", "a line with a quote": b'"\n', "300 KB": b"x" * 300_000,
+        "a line of 300 KB": b"x" * 300_000 + b"\n", "open braces": b"{" * 1000,
+        "a line of UTF-16's mark": b"\xff\xfe\n", "two events glued": with_id("p", 9).encode()[:-1] * 2}
+
+    def test_an_unfinished_last_line_harms_no_other_line(self):
+        lines = [with_id("p", n, f"user{n}").encode() for n in range(1, 6)]
+        content, new = b"".join(lines), with_id("new", 1, "new").encode()
+        shapes = {f"cut at byte {end}": content[:end]
+                  for end in range(len(b"".join(lines[:2])), len(content) + 1)}
+        shapes |= {case: content + tail for case, tail in self.TAILS.items()}
+        self.assertGreater(len(shapes), 250)
+        with opened_processor() as processor, silence():
+            for case, shape in shapes.items():
+                with self.subTest(case):
+                    query("TRUNCATE users_revenue, event_producers, event_logs")
+                    whole = [line for line in lines if shape.startswith(content[:content.index(line)] + line)]
+                    path = self.path("log", shape)
+                    expected = {f"user{n}": 1 for n in range(1, len(whole) + 1)}
+                    forget_logs(processor)
+                    processor.run_once([str(path)])
+                    self.assertRevenue(expected)
+                    with opened_log(path) as log:
+                        append(log, new)
+                    self.assertEqual(path.read_bytes(), shape[:shape.rindex(b"\n") + 1] + new)
+                    processor.run_once([str(path)])
+                    self.assertRevenue(expected | {"new": 1})
+
+    def test_no_line_is_taken_while_a_server_may_take_it_back(self):
+        log = self.path("log", with_id("p", 1))
+        with open(log, "ab") as server:
+            fcntl.flock(server, fcntl.LOCK_EX)
+            server.write(with_id("p", 2).encode())
+            server.flush()
+            processor = self.start("data_processor.py", log)
+            with self.assertRaises(subprocess.TimeoutExpired):
+                processor.wait(1)
+            server.truncate(len(with_id("p", 1)))
+        self.assertEqual(processor.wait(20), 0)
+        self.assertRevenue({"user1": 1})
+
+    def test_a_log_that_is_rotated_while_it_is_opened_anew_is_followed(self):
+        path = self.path("log")
+        with opened_log(path) as log:
+            path.write_text("unfinish")  # by another worker, killed then
+            path.rename(self.path("first"))
+            reopen = log._open
+
+            def open_and_rotate():
+                fd = reopen()
+                if not self.path("second").exists():
+                    path.rename(self.path("second"))
+                return fd
+            with unittest.mock.patch.object(log, "_open", open_and_rotate), silence():
+                append(log, with_id("p", 1).encode())
+        self.assertEqual([self.path(name).stat().st_size for name in ("first", "second")], [0, 0])
+        self.assertEqual(ids_in(path), [("p", 1)])
+
+    def traced_fsync(self, steps):
+        """Return a stand-in for os.fsync that adds what it would sync to steps; a directory must be the test's own."""
+        def fsync(fd):
+            directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+            self.assertTrue(not directory or os.path.samestat(os.fstat(fd), os.stat(self.directory)))
+            steps.append("sync directory" if directory else "sync file")
+        return fsync
+
+    def test_a_new_log_has_its_directory_synced(self):
+        steps = []
+        elsewhere = tempfile.mkdtemp(dir=self.directory)
+        os.symlink(self.path("log"), f"{elsewhere}/link")
+        with unittest.mock.patch.object(os, "fsync", self.traced_fsync(steps)):
+            for path in (f"{elsewhere}/link", self.path("log")):
+                with opened_log(path):
+                    pass
+        self.assertEqual(steps, 2 * ["sync directory"])
+
+    def test_the_client_syncs_whatever_it_renames(self):
+        steps = []
+
+        def trace(name, real):
+            return lambda *arguments: (steps.append(name), real(*arguments))[1]
+        answer = trace("request", lambda *_: (200, {}, b'{"accepted": 0, "rejected": [{"line": 1, "error": "wrong"}]}'))
+        calls = {"fsync": self.traced_fsync(steps), "replace": trace("rename", os.replace),
+                 "unlink": trace("unlink", os.unlink)}
+        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        with Recorder(options=[BATCHES], post=answer) as server, silence(), unittest.mock.patch.multiple(os, **calls):
+            self.assertEqual(client_module.main([str(self.path("events.jsonl", EVENT)), "--url", server.url]), 1)
+        publish = ["sync file", "rename", "sync directory"]
+        self.assertEqual(steps, [*publish, "request", *publish, "unlink", "sync directory"])
+
+    def small_disk(self):
+        """Return a directory on a disk of 64 KiB, or None where none can be mounted."""
+        disk = self.path("disk")
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return None
+        self.addCleanup(subprocess.run, ["umount", "--lazy", disk])
+        return disk
+
+    def test_a_full_disk_is_answered_with_507_until_there_is_space(self):
+        disk = self.small_disk()
+        server = Server(self, log="disk/log")
+
+        def limit_files(size):
+            for worker in server.workers():
+                resource.prlimit(worker, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        if not disk:
+            limit_files(64 * 1024)
+        acknowledged, statuses = set(), collections.Counter()
+        batch = b"".join(EVENT[:-1] + b', "pad": "' + b"x" * 1000 + b'"}\n' for _ in range(10))
+        for sequence in range(1, 200, 10):
+            status, _ = server.post(batch, "application/x-ndjson", Producer_Id="p", Sequence=sequence)
+            statuses[status] += 1
+            if status == 200:
+                acknowledged |= {("p", n) for n in range(sequence, sequence + 10)}
+        self.assertEqual(set(statuses), {200, 507})
+        self.assertEqual(set(ids_in(server.log)), acknowledged)
+        self.assertEqual(server.ask("GET", "/health")[0], 200)
+        if disk:
+            subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        else:
+            limit_files(resource.RLIM_INFINITY)
+        self.assertEqual(server.post(batch, "application/x-ndjson", Producer_Id="p", Sequence=1001)[0], 200)
+        self.assertEqual(set(ids_in(server.log)), acknowledged | {("p", n) for n in range(1001, 1011)})
+        self.assertEqual(server.errors.read_text(), "")
+
+    SLOW_DISK = ("import time; real = server.sync_file; server.STOP_SECONDS = 60\n"
+                 "server.sync_file = lambda fd: (time.sleep(0.5), real(fd))")
+
+    def test_answers_keep_their_order_on_a_slow_disk(self):
+        server = Server(self, "--workers", "1", patch=self.SLOW_DISK)
+        with contextlib.ExitStack() as stack:
+            pipelined, closing = ([stack.enter_context(server.connect()) for _ in range(4)] for _ in range(2))
+            for wire in pipelined:  # some lead their group, the others' answers are sent by its leader
+                wire.sendall(post(body=EVENT) + request("GET", "/health"))
+            for wire in closing:
+                wire.sendall(post("Connection: close", body=EVENT))
+            for wire in pipelined:
+                answers = Answers(wire)
+                self.assertIn(b"received", read_answer(answers)[2])
+                self.assertIn(b"ok", read_answer(answers)[2])
+            for wire in closing:
+                self.assertEqual(read_answer(wire)[0], 200)
+
+    def test_a_server_that_stops_answers_everyone_on_a_slow_disk(self):
+        server = Server(self, "--workers", "1", patch=self.SLOW_DISK)
+        self.assertEqual(server.post(EVENT)[0], 200)
+        with server.connect(), server.connect() as waiting:  # an idle connection holds nothing up
+            size = server.log.stat().st_size
+            waiting.sendall(post(body=EVENT))
+            wait_until(lambda: server.log.stat().st_size > size, "the event is written, and being synced")
+            worker, = server.workers()
+            os.kill(worker, signal.SIGSTOP)
+            with contextlib.ExitStack() as stack:
+                late = [stack.enter_context(server.connect()) for _ in range(50)]  # accepted by the kernel alone
+                for wire in late:
+                    wire.sendall(post(body=EVENT))
+                for number in (signal.SIGTERM, signal.SIGINT):  # a terminal or systemd tells everyone
+                    os.kill(worker, number)
+                server.process.terminate()
+                os.kill(worker, signal.SIGCONT)
+                self.assertEqual({read_answer(wire)[0] for wire in (waiting, *late)}, {200})
+            self.assertEqual(server.process.wait(20), 0)
+
+    def test_a_failed_sync_ends_the_server_without_an_acknowledgement(self):
+        trigger = self.path("trigger")
+        server = Server(self, patch=f"""
+import errno, os, time
+real, failed = server.sync_file, []
+def sync(fd):
+    if os.path.exists({str(trigger)!r}) and not failed:
+        failed.append(time.sleep(0.2))
+        raise OSError(errno.ENOSPC, "No space left on device")
+    real(fd)
+server.sync_file = sync
+""")
+        self.assertEqual(server.post(EVENT)[0], 200)
+        trigger.touch()
+        wires = [server.connect() for _ in range(10)]
+        answers = []
+        for wire in wires:
+            wire.sendall(post(body=EVENT))
+        for wire in wires:
+            with wire, contextlib.suppress(ConnectionError):  # the server ends: some are not accepted any more
+                answers.append(read_answer(wire)[0])
+        self.assertEqual(set(answers), {503})
+        self.assertEqual(server.process.wait(10), 1)
+        self.assertIn("Move the log aside", server.errors.read_text())
+
+    def test_a_directory_that_cannot_be_synced_ends_the_server(self):
+        server = Server(self, patch="""
+import os
+def fail(fd):
+    raise OSError(5, "Input/output error")
+os.fsync = fail
+""")
+        self.assertEqual(server.process.wait(20), 1)
+        self.assertIn("Cannot write the log", server.errors.read_text())
 
 
-def blocks(language):
-    """Return the README's code blocks of a language."""
-    return [text for name, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if name == language]
+# ---- What an event is -----------------------------------------------------------------------------------------------
+
+EXTRA = EVENT[:-1] + b', "x": %b}'
+VALID_EVENTS = {
+    "an event": EVENT, "white space around it": b" \t" + EVENT + b" \t", "no white space": EVENT.replace(b" ", b""),
+    "64 KiB": padded(65536), "64 KiB with white space": EVENT + b" " * (65536 - len(EVENT)), "100 levels": nested(100),
+    **{f"the value {value}": with_value(value) for value in (
+        "0", "-0", "0.0", "-0.00", "1e17", "1E+17", "-999999999999999999", "999999999999999999", "0E17",
+        "999999999999999999." + "9" * 18, "0." + "0" * 17 + "1", "1e-18", "0e-18", "0." + "0" * 18, "1.5e3")},
+    "a user of 1 character": with_user('"x"'), "a user of 255 characters": with_user('"' + "x" * 255 + '"'),
+    "a user of 255 characters of 4 bytes": with_user('"' + "\U0001f600" * 255 + '"'),
+    "a user with an escaped pair": with_user('"\\ud83d\\ude00"'), "a user with an escape": with_user('"\\u00e9"'),
+    "a user with a letter of 2 bytes": with_user('"\u00e9"'),
+    "a user with line ends of Unicode": with_user('"\u2028\u0085\x7f"'),
+    "a user with JSON's signs": with_user('"{}[],:\\"\\\\"'), "a user with a byte order mark": with_user('"\ufeff"'),
+    "a user with a line end": with_user('"\\n"'), "a user with a space": with_user('" "'),
+    "another field null": EXTRA % b"null", "another field with a lone surrogate": EXTRA % b'"\\ud800"',
+    "another field with a huge number": EXTRA % b"1e400", "another field with an array": EXTRA % b"[1, {\"a\": null}]",
+    "another field with brackets in a string": EXTRA % b'"[[[{{{"',
+    "another field with 4,000 digits": EXTRA % (b"9" * 4000),
+    "a repeated field": EVENT[:-1] + b', "name": "subtract_revenue", "value": 3}',
+    "a repeated field whose first value is invalid": b'{"userId": 5, ' + EVENT[1:],
+    "a field like a reserved one": EVENT[:-1] + b', "Sequence": 1}',
+    "a repeated field with an object in it": b'{"value": {"value": [1]}, ' + EVENT[1:],
+    "an escape in a field's name": EVENT.replace(b"value", b"val\\u0075e")}
+NO_EVENTS = {
+    "no JSON": b"nonsense", "half an object": b"{", "an array": b"[]", "a number": b"1", "null": b"null",
+    "a string": b'"x"', "an empty object": b"{}", "a comma behind": EVENT + b",", "two events": EVENT + EVENT,
+    "an event in an array": b"[" + EVENT + b"]", "no end": EVENT[:-1], "no beginning": EVENT[1:],
+    "a comma before the end": EVENT[:-1] + b",}", "a byte order mark": b"\xef\xbb\xbf" + EVENT,
+    "UTF-16": EVENT.decode().encode("utf-16"), "UTF-16 without a mark": EVENT.decode().encode("utf-16-le"),
+    "a NUL before": b"\0" + EVENT, "a NUL behind": EVENT + b"\0",
+    "a byte that is not UTF-8": EVENT.replace(b"user1", b"us\xffer"),
+    "a surrogate in UTF-8": EVENT.replace(b"user1", b"\xed\xa0\x80"),
+    "a CR in a string": EVENT.replace(b"user1", b"us\rer"), "a tab in a string": EVENT.replace(b"user1", b"us\ter"),
+    "single quotes": EVENT.replace(b'"', b"'"), "a line end of Unicode before": b"\xc2\x85" + EVENT,
+    "a space of Unicode": EVENT.replace(b" ", b"\xc2\xa0"), "64 KiB and a byte": padded(65537),
+    "64 KiB and a byte with white space": EVENT + b" " * (65537 - len(EVENT)),
+    **{f"{levels:,} levels": nested(levels) for levels in (101, 900, 100_000)},
+    "20,000 open brackets": EXTRA % (b"[" * 20_000),
+    "open brackets and an open string of quotes": (EXTRA % (b"[" * 101 + b'"' + b'\\"' * 32_000))[:-1],
+    "990 levels in a repeated field": EXTRA % (b"[" * 990 + b"]" * 990 + b', "x": 1')}
+INVALID_VALUES = {f"the value {value[:30]} ({len(value):,})": with_value(value) for value in (
+    "1000000000000000000", "-1000000000000000000", "1e18", "0e18", "1e-19", "0e-19", "0." + "0" * 19,
+    "0." + "0" * 18 + "1", "true", "null", '"1"', "[1]", "{}", "NaN", "Infinity", "-Infinity", "01", "+1", "1.", ".5",
+    "1e", "0x1", "1_0", "\u0661", "9" * 5000, "1." + "0" * 5000, "1e9999999999999999999", "0E-20000", "1E+500000",
+    "-1e9999999999999999999")}
+INVALID_USERS = {
+    "an empty user": with_user('""'), "a user of 256 characters": with_user('"' + "x" * 256 + '"'),
+    "a user of 256 characters of 2 bytes": with_user('"' + "\u00e9" * 256 + '"'),
+    "a NUL in a user": with_user('"\\u0000"'), "a lone surrogate for a user": with_user('"\\ud800"'),
+    "a lone surrogate in a user": with_user('"a\\udc00"'),
+    "a number for a user": with_user("1"), "null for a user": with_user("null"), "an array for a user": with_user("[]"),
+    "true for a user": with_user("true"), "an unknown escape in a user": with_user('"\\x41"'),
+    "a user without an end": with_user('"a')}
+INVALID_FIELDS = {
+    "NaN in another field": EXTRA % b"NaN", "Infinity in another field": EXTRA % b"Infinity",
+    "5,000 digits in another field": EXTRA % (b"9" * 5000),
+    "an exponent of 19 digits in another field": EXTRA % b"1e9999999999999999999",
+    "two values in another field": EXTRA % b"1 2", "an unknown name": EVENT.replace(b"add_revenue", b"add"),
+    "an array for a name": EVENT.replace(b'"add_revenue"', b"[]"),
+    "null for a name": EVENT.replace(b'"add_revenue"', b"null"),
+    "upper case in a name": EVENT.replace(b"add_revenue", b"Add_revenue"),
+    "a repeated field whose last value is invalid": EVENT[:-1] + b', "value": "1"}',
+    "no userId": EVENT.replace(b"userId", b"userid"), "a sequence alone": EVENT[:-1] + b', "sequence": 1}',
+    "an escaped producerId alone": EVENT[:-1] + b', "producer\\u0049d": "p"}',
+    "a null producerId alone": EVENT[:-1] + b', "producerId": null}'}
+INVALID_EVENTS = NO_EVENTS | INVALID_VALUES | INVALID_USERS | INVALID_FIELDS
+RESERVED = {  # invalid for the server, but a log may hold these
+    "a producerId and a sequence": EVENT[:-1] + b', "producerId": "p", "sequence": 1}',
+    "a log": EVENT[:-1] + b', "log": 1}'}
 
 
-def alive(pid):
-    """Tell whether a process runs (a zombie does not)."""
-    if Path("/proc/self/stat").exists():
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-        return False
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
-    return state.strip()[:1] not in ("", "Z")
+class Events(SystemTest):
+    """What an event is: the server and the processor agree."""
 
+    def mixed(self):
+        """Return all events in a random order, and the numbers of the invalid ones."""
+        mixed = [*VALID_EVENTS.values(), *INVALID_EVENTS.values()]
+        random.Random(1).shuffle(mixed)
+        return mixed, [number for number, event in enumerate(mixed) if event in INVALID_EVENTS.values()]
+
+    def test_the_server_agrees_with_the_processor_on_every_event(self):
+        server, revenue = Server(self), "SELECT user_id, revenue FROM users_revenue ORDER BY user_id"
+        for events, status in ((VALID_EVENTS, 200), (INVALID_EVENTS | RESERVED, 400)):
+            for case, event in events.items():
+                with self.subTest(case):
+                    self.assertEqual(server.post(event)[0], status)
+        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, 0 rejected", self.processor()[0])
+        expected = query(revenue)
+        query("TRUNCATE users_revenue, event_producers, event_logs")
+        mixed, wrong = self.mixed()
+        output, errors = self.processor(self.path("plain", b"\n".join(mixed) + b"\n"), status=1)
+        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, {len(wrong)} rejected", output)
+        starts = [sum(len(event) + 1 for event in mixed[:number]) for number in wrong]
+        self.assertEqual([int(line.split(": ")[1].removeprefix("byte ")) for line in errors.splitlines()], starts)
+        self.assertEqual(query(revenue), expected)
+
+    def test_the_lines_of_a_batch_are_judged_one_by_one(self):
+        server, (mixed, wrong) = Server(self), self.mixed()
+        accepted, rejected = 0, []
+        for first in range(0, len(mixed), 8):
+            _, answer = server.post(b"\n".join(mixed[first:first + 8]), "application/x-ndjson")
+            accepted += answer["accepted"]
+            rejected += [first + entry["line"] - 1 for entry in answer["rejected"]]
+        self.assertEqual((accepted, rejected), (len(VALID_EVENTS), wrong))
+
+    def assertIdsInLog(self, valid, invalid):
+        """Check that lines with {case: (producerId, sequence)} are applied or rejected, one by one and together."""
+        def line(producer, sequence):
+            fields = {"producerId": producer, "sequence": sequence}
+            return EVENT[:-1] + b"".join(b', "%b": %b' % (name.encode(), value)
+                                         for name, value in fields.items() if value is not None) + b"}\n"
+        for cases, counts in ((valid, "1 applied, 0 repeated, 0 rejected"),
+                              (invalid, "0 applied, 0 repeated, 1 rejected")):
+            for case, event_id in cases.items():
+                with self.subTest(case), opened_processor() as processor:
+                    query("TRUNCATE users_revenue, event_producers, event_logs")
+                    with silence(), contextlib.redirect_stdout(io.StringIO()) as output:
+                        processor.run_once([str(self.path("single", line(*event_id)))])
+                    self.assertIn(counts, output.getvalue())
+        query("TRUNCATE users_revenue, event_producers, event_logs")
+        lines = [line(*event_id) for cases in (invalid, valid) for event_id in cases.values()]
+        output, _ = self.processor(self.path("log", b"".join(lines)), status=1)
+        self.assertIn(f"{len(valid)} applied, 0 repeated, {len(invalid)} rejected", output)
+
+    def test_an_event_id_in_a_log_must_be_valid(self):
+        self.assertIdsInLog(
+            {"sequence 1": (b'"p"', b"1"), "sequence 2**53 - 1": (b'"p"', b"9007199254740991"),
+             "a producer of 64 characters": (b'"' + b"p" * 64 + b'"', b"1"), "sequence 2": (b'"q"', b"2"),
+             "sequence 2**53 - 1 of another producer": (b'"q"', b"9007199254740991")},
+            {"an empty producer alone": (b'""', None), "sequence 0": (b'"p"', b"0"),
+             "sequence 2**53": (b'"p"', b"9007199254740992"), "a negative sequence": (b'"p"', b"-1"),
+             "a fraction": (b'"p"', b"1.0"), "a string for a sequence": (b'"p"', b'"1"'),
+             "true for a sequence": (b'"p"', b"true"), "null for a sequence": (b'"p"', b"null"),
+             "null for a producer": (b"null", b"1"), "an empty producer": (b'""', b"1"),
+             "a producer of 65 characters": (b'"' + b"p" * 65 + b'"', b"1"), "a dot in a producer": (b'"p.p"', b"1"),
+             "a NUL in a producer": (b'"\\u0000"', b"1"), "an array for a producer": (b"[]", b"1"),
+             "a sequence alone": (None, b"3"), "a producer alone": (b'"p"', None), "another fraction": (b'"q"', b"2.0"),
+             "sequence 2**53 of another producer": (b'"q"', b"9007199254740992")})
+
+    def test_no_line_is_decoded_otherwise_for_its_neighbours(self):
+        split = [b'{"a":1},{"b":2\n"c":3}', b'{"a":"x}\n{","b":1}', b'{"a":1\n"b":2}',
+                 b'{"a":"x}\n{","b":1}\n{"a":1},{"b":2}', b'5,{"a":"x}\n{","b":1}', b'{"a":"x}\n{","b":1},5']
+        events = VALID_EVENTS | INVALID_EVENTS | RESERVED | {f"lines that join to one, {text}": text for text in split}
+        for case, event in events.items():
+            for block in (event, EVENT + b"\n" + event, event + b"\n" + EVENT):
+                with self.subTest(case):
+                    lines = [data_processor._decode_or_error(line) for line in block.split(b"\n")]
+                    self.assertEqual(repr(data_processor.decode_lines(block + b"\n")), repr(lines))
+
+    def test_an_invalid_sequence_continues_no_span(self):
+        lines = [with_id("q", sequence) for sequence in (2, "3.0", 2**53 - 1, 2**53)]
+        output, _ = self.processor(self.path("log", "".join(lines)), status=1)
+        self.assertIn("2 applied, 0 repeated, 2 rejected", output)
+
+    def test_producers_that_alternate_have_spans_of_their_own(self):
+        self.processor(self.path("alternating", "".join(map(with_id, "rssr", (1, 2, 3, 4)))))
+        self.assertEqual(query("SELECT applied::text FROM event_producers ORDER BY producer_id"),
+                         [("{[1,2),[4,5)}",), ("{[2,4)}",)])
+
+    def test_lines_without_an_id_count_each_time_between_others(self):
+        plain = EVENT.decode() + "\n"
+        mixed = self.path("mixed", plain + with_id("t", 1) + plain + plain + with_id("t", 1) + plain)
+        self.assertIn("5 applied, 1 repeated, 0 rejected", self.processor(mixed)[0])
+
+    def test_decoding_a_block_at_once_is_decoding_it_line_by_line(self):
+        chance = random.Random(TORTURE_SEED)
+        self.addCleanup(print, f"[seed {TORTURE_SEED}]", end=" ", file=sys.stderr)
+        pieces = [b"{", b"}", b'"', b"\\", b",", b":", b"[", b"]", b"{}", b'"a"', b'"a":1', b'{"a":1}', b"}\n{", b"\n",
+                  b" ", b"\r", b"1", b"5,", b'{"a":"}', b'{":1}', b'"},{"', b"\xc3\xa9", b"\xff", b"x" * 33_000]
+        line_by_line = unittest.mock.patch.object(data_processor, "_decode_or_error", side_effect=AssertionError)
+        flat = 0
+        for _ in range(20_000):
+            lines = [chance.choice([b'{"a":1}', EVENT, b'{"b":"x"}', b'{"c":2,"c":3}'])
+                     for _ in range(chance.randrange(1, 5))]
+            block = bytearray(b"\n".join(lines) + b"\n")
+            for _ in range(chance.choice([0, 1, 1, 2, 3])):
+                at = chance.randrange(len(block))
+                block[at:at + chance.choice([0, 0, 1, 2])] = chance.choice(pieces)
+            block = bytes(block).removesuffix(b"\n") + b"\n"
+            one_by_one = [data_processor._decode_or_error(line) for line in block[:-1].split(b"\n")]
+            with line_by_line:
+                try:
+                    at_once = data_processor.decode_lines(block)
+                except AssertionError:
+                    continue
+            flat += 1
+            self.assertEqual(at_once, one_by_one, block)
+        self.assertGreater(flat, 3000)
+
+
+# ---- Random input ---------------------------------------------------------------------------------------------------
+
+class Properties(SystemTest):
+    """Random events, batches, repetitions, orders, logs and processors."""
+
+    def random_batches(self, chance):
+        """Return ({user: sum}, batches): lists of lines with ids, with gaps in their sequences."""
+        totals, batches = collections.defaultdict(Decimal), []
+        for producer in range(chance.randrange(1, 6)):
+            sequence = 1
+            for _ in range(chance.randrange(1, 30)):
+                lines = []
+                for _ in range(chance.choice([1, 1, 2, 10, 100])):
+                    value = chance.choice([
+                        str(chance.randrange(-1000, 1000)), f"{chance.randrange(10**6)}.{chance.randrange(100):02}",
+                        f"{chance.randrange(10**18)}.{chance.randrange(10**18):018}", "1e3", "-2.5E-3"])
+                    user = f"user{chance.randrange(chance.choice([1, 10, 1000]))}"
+                    name = chance.choice(["add_revenue", "subtract_revenue"])
+                    totals[user] += Decimal(value) * (1 if name == "add_revenue" else -1)
+                    lines.append(f'{{"userId": "{user}", "name": "{name}", "value": {value}, '
+                                 f'"producerId": "p{producer}", "sequence": {sequence}}}\n')
+                    sequence += chance.choice([1, 1, 1, 1, 1, 7])
+                batches.append(lines)
+        return totals, batches
+
+    def test_totals_equal_the_oracle(self):
+        self.addCleanup(print, f"[seed {TORTURE_SEED}]", end=" ", file=sys.stderr)
+        for seed in range(TORTURE_SEED, TORTURE_SEED + 6):
+            chance = random.Random(seed)
+            query("TRUNCATE users_revenue, event_producers, event_logs")
+            with decimal.localcontext(decimal.Context(prec=80)):
+                totals, batches = self.random_batches(chance)
+            batches += [batch[chance.randrange(len(batch)):] for batch in chance.choices(batches, k=len(batches))]
+            chance.shuffle(batches)
+            logs = [self.path(f"log{seed}-{n}", "") for n in range(chance.randrange(1, 6))]
+            for batch in batches:
+                with open(chance.choice(logs), "a") as log:
+                    log.write("".join(chance.choice([batch, chance.sample(batch, len(batch))])))
+            script, path = patched("data_processor", f"""
+data_processor.CHUNK_BYTES = {chance.choice([1, 5000, 10**6])}
+data_processor.BLOCK_BYTES = {chance.choice([200, 1000, 262144])}
+""")
+            processors = [subprocess.Popen(
+                [sys.executable, *script, *chance.sample(logs, chance.randrange(1, len(logs) + 1))],
+                stdout=subprocess.DEVNULL, env=os.environ | path) for _ in range(chance.randrange(1, 4))]
+            self.assertEqual({processor.wait(60) for processor in processors}, {0}, f"seed {seed}")
+            self.processor(*logs)
+            self.assertRevenue(totals)
+
+    def test_ranges_are_sets(self):
+        chance = random.Random(TORTURE_SEED)
+        for _ in range(300):
+            ranges, members = data_processor.Ranges(), set()
+            for _ in range(20):
+                low = chance.randrange(60)
+                high = low + chance.randrange(1, 12)
+                missing = [n for a, b in ranges.missing(low, high) for n in range(a, b)]
+                ranges.add(low, high)
+                self.assertEqual(missing, sorted(set(range(low, high)) - members))
+                members |= set(range(low, high))
+                pairs = list(zip(ranges.bounds[::2], ranges.bounds[1::2]))
+                self.assertEqual({n for a, b in pairs for n in range(a, b)}, members)
+                self.assertTrue(all(b < c for (_, b), (c, _) in zip(pairs, pairs[1:])), "neighbours are merged")
+
+
+# ---- HTTP -----------------------------------------------------------------------------------------------------------
+
+class Http(SystemTest):
+    """Requests as bytes, answers by status."""
+
+    def assertStatus(self, server, status, *pieces):
+        """Check an answer's status and shape, and return (headers, decoded body)."""
+        answer, headers, body = server.raw(*pieces)
+        self.assertEqual((answer, headers.get_content_type()), (status, "application/json"), (pieces[0][:100], body))
+        body = json.loads(body)
+        if status >= 400:
+            self.assertEqual(list(body), ["error"])
+        return headers, body
+
+    def assertRefused(self, status, cases):
+        """Check that each of {rule: request} gets a status, that none is logged, and that the server goes on."""
+        server = Server(self)
+        for rule, sent in cases.items():
+            with self.subTest(rule):
+                self.assertStatus(server, status, sent)
+        self.assertEqual(server.log.read_bytes(), b"")
+        self.assertStatus(server, 200, post(body=EVENT))
+
+    def test_a_valid_request_is_accepted(self):
+        upper = b"%X" % len(EVENT)
+        cases = {
+            "a length": [post(body=EVENT)], "one chunk": [chunked(EVENT)],
+            "two chunks": [chunked(EVENT[:10], EVENT[10:])],
+            "an extension and a trailer": [chunked(EVENT, end=b"0;x=y\r\nX-Trailer: 1\r\n\r\n")],
+            "a last chunk of three zeros": [chunked(EVENT, end=b"000\r\n\r\n")],
+            "upper case in a chunk's size and its coding": [
+                post("Transfer-Encoding: Chunked") + upper + b" ; a=\"b\"\r\n" + EVENT + b"\r\n0\r\n\r\n"],
+            "upper case and a parameter in the media type": [
+                post(body=EVENT, media="Application/JSON; charset=utf-8")],
+            "a query": [post(body=EVENT, target="/liveEvent?query")],
+            "an absolute target, which wins over Host": [
+                post(body=EVENT, target="http://LOCALHOST:1/liveEvent", host="elsewhere")],
+            "an empty line before the request": [b"\r\n" + post(body=EVENT)],
+            "HTTP/1.0": [post(body=EVENT, version="1.0")],
+            "repeated and empty fields": [
+                post("Accept: a", "Accept: b", "X-Empty:", "Connection: close", body=EVENT)],
+            "a byte at a time": [bytes([byte]) for byte in post(body=EVENT)],
+            "line ends within the event": [post(body=b"\r\n{\r\n" + EVENT[1:-1] + b"\n}\n")],
+            "5,000 zeros before the length": [post("Content-Length: " + "0" * 5000 + str(len(EVENT))) + EVENT]}
+        server = Server(self)
+        for rule, pieces in cases.items():
+            with self.subTest(rule):
+                self.assertStatus(server, 200, *pieces)
+        self.assertEqual((len(cases), len(ids_in(server.log))), (15, 15))
+
+    def test_a_loopback_host_is_accepted(self):
+        server = Server(self)
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "[::1]"):
+            with self.subTest(host):
+                self.assertStatus(server, 200, request("GET", "/health", host=host))
+
+    def test_a_malformed_length_is_refused_with_400(self):
+        values = {"a plus sign": "+54", "a minus sign": "-54", "4,400 digits and a letter": "5" * 4400 + "x",
+                  "an underscore": "5_4", "digits of another script": "\u0665\u0664".encode().decode("latin-1"),
+                  "hexadecimal digits": "0x36", "a list of equal lengths": "54, 54", "nothing": "",
+                  "a space between the digits": "5 4", "an exponent": "54e0", "a semicolon": "54;"}
+        self.assertRefused(400, {rule: post(f"Content-Length: {value}") + EVENT for rule, value in values.items()})
+
+    def test_a_body_whose_end_is_ambiguous_is_refused_with_400(self):
+        length, coding = f"Content-Length: {len(EVENT)}", "Transfer-Encoding: chunked"
+        cases = {"two equal lengths": [length, length], "two different lengths": [length, "Content-Length: 7"],
+                 "a length and chunks": [length, coding], "an unknown coding": ["Transfer-Encoding: gzip"],
+                 "an unknown coding before chunks": ["Transfer-Encoding: gzip, chunked"],
+                 "chunks in chunks": ["Transfer-Encoding: chunked, chunked"],
+                 "the identity coding": ["Transfer-Encoding: identity"], "no coding": ["Transfer-Encoding:"],
+                 "two fields with a coding": [coding] * 2,
+                 "a space before the colon": ["Transfer-Encoding : chunked"],
+                 "a coding whose name ends alike": ["Transfer-Encoding: xchunked"]}
+        self.assertRefused(400, {rule: post(*fields) + EVENT for rule, fields in cases.items()})
+
+    def test_a_malformed_field_is_refused_with_400(self):
+        cases = {"a folded line": [" folded"], "a line folded by a tab": ["\tfolded"], "no colon": ["no colon"],
+                 "no name": [": no name"], "a space in a name": ["sp ace: x"], "a CR in a value": ["X: a\rb"],
+                 "a NUL in a value": ["X: a\0b"], "a NUL in a name": ["X\0: a"],
+                 "a bare LF before another field": ["X: a\nTransfer-Encoding: chunked"],
+                 "a second Host": ["Host: 127.0.0.1"], "two Authorizations": ["Authorization: a", "Authorization: b"],
+                 "a second Content-Type": ["Content-Type: application/json"],
+                 "a letter outside ASCII in a name": ["n\u00e4me: x"]}
+        length = f"Content-Length: {len(EVENT)}"
+        self.assertRefused(400, {rule: post(length, *fields) + EVENT for rule, fields in cases.items()} | {
+            "a CR before the line's end": chunked(EVENT).replace(b"Transfer", b"X: \r\r\nTransfer", 1)})
+
+    def test_a_malformed_event_id_is_refused_with_400(self):
+        cases = {"a producer without a sequence": ["Producer-Id: p"], "a sequence without a producer": ["Sequence: 1"],
+                 "two producers": ["Producer-Id: p", "Producer-Id: q", "Sequence: 1"],
+                 "two sequences": ["Producer-Id: p", "Sequence: 1", "Sequence: 2"]}
+        pairs = {"an empty producer": ("", 1), "a producer of 65 characters": ("p" * 65, 1),
+                 "a space in the producer": ("p p", 1), "a dot in the producer": ("p.", 1),
+                 "a letter outside ASCII in the producer": ("\u00e4", 1), "sequence 0": ("p", 0),
+                 "a negative sequence": ("p", -1), "a plus sign in the sequence": ("p", "+1"),
+                 "sequence 2**53": ("p", 2**53), "a fraction in the sequence": ("p", "1.0"),
+                 "an empty sequence": ("p", ""), "a superscript sequence": ("p", "\u00b2")}
+        cases |= {rule: [f"Producer-Id: {producer}", f"Sequence: {sequence}"]
+                  for rule, (producer, sequence) in pairs.items()}
+        self.assertRefused(400, {rule: post(*fields, body=EVENT) for rule, fields in cases.items()})
+
+    def test_a_malformed_chunk_is_refused_with_400(self):
+        coding, rest = post("Transfer-Encoding: chunked"), b"\r\n" + EVENT + b"\r\n0\r\n\r\n"
+        sizes = {"a minus sign": b"-36", "a plus sign": b"+36", "a hexadecimal prefix": b"0x36",
+                 "an underscore": b"3_6", "no size": b"", "a letter that is no digit": b"g",
+                 "a space before the size": b" 36",
+                 "a NUL behind the size": b"36\0", "a NUL in an extension": b"36;\0",
+                 "a CR in an extension": b"36;a\rb",
+                 "a size that is one too small": b"35"}
+        self.assertRefused(400, {rule: coding + size + rest for rule, size in sizes.items()} | {
+            "a bare LF behind the size": chunked(EVENT).replace(b"36\r\n", b"36\n"),
+            "no line end behind the data": chunked(EVENT).replace(b"}\r\n", b"}xx"),
+            "bare LFs behind the last chunk": chunked(EVENT, end=b"0\n\n"),
+            "a trailer without a colon": chunked(EVENT, end=b"0\r\nno colon\r\n\r\n"),
+            "chunks in HTTP/1.0": post("Transfer-Encoding: chunked", version="1.0") + b"36" + rest})
+
+    def test_a_malformed_head_is_refused_with_400(self):
+        def head(first, second, third):
+            return b"GET /health HTTP/1.1%bHost: localhost%b%b" % (first, second, third)
+        self.assertRefused(400, {
+            "no Host": post(body=EVENT, host=None), "HTTP/0.9": b"GET /health\r\n\r\n",
+            "a method alone": b"GET\r\n\r\n", "bare LFs": b"GET /health HTTP/1.1\n\n",
+            "two spaces": b"GET  /health HTTP/1.1\r\n\r\n",
+            "a space behind the version": b"GET /health HTTP/1.1 \r\n\r\n",
+            "a space in the target": b"GET /hea lth HTTP/1.1\r\n\r\n", "a small http": b"GET /health http/1.1\r\n\r\n",
+            "a letter outside ASCII in the method": b"G\xcbT /health HTTP/1.1\r\n\r\n", "a NUL": b"\0\r\n\r\n",
+            "nothing but line ends": b"\r\n\r\n\r\n",
+            "a bare LF behind the request line": head(b"\n", b"\r\n", b"\r\n"),
+            "a bare LF behind a field": head(b"\r\n", b"\n", b"\r\n"),
+            "a bare LF behind the head": head(b"\r\n", b"\r\n", b"\n"),
+            "an escape that is not hexadecimal": request("GET", "/userEvents/%zz"),
+            "a user who is not UTF-8": request("GET", "/userEvents/%FF")})
+
+    def test_a_body_without_an_event_is_refused_with_400(self):
+        self.assertRefused(400, {
+            "an empty object": post(body=b"{}"), "1 MiB of spaces": post(body=b" " * 2**20),
+            "1 MiB of spaces in chunks": chunked(*[b" " * 2**16] * 16), "length 0": post("Content-Length: 0")})
+
+    def test_what_does_not_exist_is_answered_with_404(self):
+        self.assertRefused(404, {
+            "the root": request("GET", "/"), "another path": post(body=EVENT, target="/liveEvents"),
+            "a slash at the end": post(body=EVENT, target="/liveEvent/"),
+            "an unknown user": request("GET", "/userEvents/nobody"),
+            "a NUL for a user": request("GET", "/userEvents/%00"),
+            "no user": request("GET", "/userEvents"), "the server as a whole": request("OPTIONS", "*"),
+            "a tunnel": request("CONNECT", "localhost:80")})
+
+    def test_a_body_without_a_length_is_refused_with_411(self):
+        self.assertRefused(411, {"neither a length nor chunks": post()})
+
+    def test_a_body_that_is_too_large_is_refused_with_413(self):
+        lengths = {"a length of one byte too much": 2**20 + 1, "a length of 31 digits": 10**30,
+                   "a length of 10,000 digits": "9" * 10_000, "a length of 4,001 digits": "1" + "0" * 4000}
+        self.assertRefused(413, {rule: post(f"Content-Length: {length}") for rule, length in lengths.items()} | {
+            "chunks over 1 MiB": chunked(*[b"x" * 65536] * 17),
+            "a chunk of 15 digits": post("Transfer-Encoding: chunked") + b"f" * 15 + b"\r\n",
+            "10,001 lines": post(body=b"\n" * 10_001, media="application/x-ndjson")})
+
+    def test_a_target_that_is_too_long_is_refused_with_414(self):
+        self.assertRefused(414, {"70,000 bytes": b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n"})
+
+    def test_another_media_type_is_refused_with_415(self):
+        media = {"none": None, "text": "text/plain", "one that begins alike": "application/jsonx",
+                 "a form": "application/x-www-form-urlencoded"}
+        self.assertRefused(415, {rule: post(body=EVENT, media=value) for rule, value in media.items()})
+
+    def test_an_unknown_expectation_is_refused_with_417(self):
+        self.assertRefused(417, {"miracles": post("Expect: miracles", body=EVENT)})
+
+    def test_a_foreign_host_is_refused_with_421(self):
+        hosts = {"another name": "example.com", "a name below localhost's": "localhost.example.com",
+                 "a name that begins with an address": "127.0.0.1.example.com",
+                 "an address for a user": "127.0.0.1@example.com", "another IPv6 address": "[::2]", "an empty name": "",
+                 "a port that is no number": "localhost:x", "the address of all interfaces": "0.0.0.0"}
+        self.assertRefused(421, {rule: post(body=EVENT, host=host) for rule, host in hosts.items()} | {
+            path: request("GET", path, host="example.com") for path in ("/health", "/userEvents/user1", "/other")})
+
+    def test_a_head_that_is_too_large_is_refused_with_431(self):
+        self.assertRefused(431, {
+            "300 fields": post(*[f"X-{i}: x" for i in range(300)], body=EVENT),
+            "a field of 70,000 bytes": post("X: " + "x" * 70_000, body=EVENT),
+            "a trailer of 300 fields": chunked(EVENT, end=b"0\r\n" + b"X: x\r\n" * 300 + b"\r\n"),
+            "20 fields of 8,000 bytes": post(*[f"X-{i}: " + "x" * 8000 for i in range(20)], body=EVENT)})
+
+    def test_another_version_is_refused_with_505(self):
+        self.assertRefused(505, {"HTTP/2.0": b"GET /health HTTP/2.0\r\n\r\n",
+                                 "HTTP/2's preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"})
+
+    def test_another_method_is_refused_with_405(self):
+        server = Server(self)
+        allowed = {"/liveEvent": "POST, OPTIONS", "/health": "GET", "/userEvents/user1": "GET", "/other": None}
+        for path, methods in allowed.items():
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"):
+                if methods and method in methods.split(", "):
+                    continue
+                with self.subTest(f"{method} {path}"), server.connect() as wire:
+                    wire.sendall(request(method, path, body=b"" if method == "HEAD" else EVENT))
+                    status, headers, body = read_answer(wire, method)
+                    self.assertEqual((status, headers["Allow"]), (405, methods) if methods else (404, None))
+                    self.assertEqual(bool(body), method != "HEAD")
+        self.assertEqual(server.log.read_bytes(), b"")
+
+    def test_options_lists_what_is_accepted(self):
+        server, media = Server(self), "application/json, application/x-ndjson"
+        status, headers, body = server.ask("OPTIONS", "/liveEvent")
+        self.assertEqual((status, headers["Allow"], headers["Accept-Post"], body), (204, "POST, OPTIONS", media, b""))
+        self.assertEqual(server.raw(post(body=EVENT, media="text/plain"))[1]["Accept-Post"], media)
+
+    def test_an_answer_to_head_has_no_body(self):
+        with Server(self).connect() as wire:
+            wire.sendall(request("HEAD", "/health", "Connection: close"))
+            self.assertTrue(wire.makefile("rb").read().endswith(b"\r\n\r\n"))
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        server = Server(self)
+        with server.connect() as wire:
+            wire.sendall(post(body=EVENT) * 2 + request("GET", "/health") + request("GET", "/other") + chunked(EVENT)
+                         + request("GET", "/health", "Connection: close") + post(body=EVENT))
+            answers = Answers(wire)
+            self.assertEqual([read_answer(answers)[0] for _ in range(6)], [200, 200, 200, 404, 200, 200])
+            self.assertEqual(answers.read(), b"")
+        self.assertEqual(len(ids_in(server.log)), 3)
+
+    def test_nothing_is_read_after_the_last_request_of_a_connection(self):
+        server = Server(self)
+        for rule, last in {"Connection: Close": request("GET", "/health", "Connection: Close"),
+                           "HTTP/1.0": request("GET", "/health", version="1.0"),
+                           "HTTP/1.0 with keep-alive": request("GET", "/health", "Connection: keep-alive",
+                                                               version="1.0")}.items():
+            with self.subTest(rule), server.connect() as wire:
+                wire.sendall(last + post(body=EVENT))
+                answers = Answers(wire)
+                self.assertEqual((read_answer(answers)[1]["Connection"], answers.read()), ("close", b""))
+        self.assertEqual(server.log.read_bytes(), b"")
+
+    def test_an_unread_body_is_never_taken_for_a_request(self):
+        server = Server(self)
+        smuggled = post(body=EVENT)
+        for method, path, media in (("POST", "/other", "application/json"), ("GET", "/health", None),
+                                    ("PUT", "/liveEvent", None), ("POST", "/liveEvent", "text/plain")):
+            with self.subTest(f"{method} {path}"), server.connect() as wire:
+                wire.sendall(request(method, path, body=smuggled, media=media) + smuggled)
+                _, headers, _ = read_answer(wire)
+                self.assertEqual(headers["Connection"], "close")
+                self.assertEqual(wire.recv(1), b"")
+        self.assertEqual(server.log.read_bytes(), b"")
+
+    def test_a_refusal_is_seen_although_a_large_body_is_on_its_way(self):
+        server = Server(self, EVENTS_AUTHORIZATION="secret")
+        body = b"x" * 3_000_000
+        for status, fields in ((401, []), (413, ["Authorization: secret"])):
+            for _ in range(5):
+                self.assertStatus(server, status, post(*fields, body=body))
+            with server.connect() as wire:
+                head, _, _ = post(*fields, body=body).partition(body)
+                wire.sendall(head)
+                select.select([wire], [], [], 20)  # the answer is there, and the sender does not look yet
+                for start in range(0, len(body), 100_000):
+                    wire.sendall(body[start:start + 100_000])
+                self.assertEqual(read_answer(wire)[0], status)
+
+    def test_a_body_that_would_be_refused_is_not_asked_for(self):
+        server, expect = Server(self), "Expect: 100-Continue"
+        cases = {"another media type": (415, post(expect, "Content-Length: 5", media="text/plain")),
+                 "too long": (413, post(expect, f"Content-Length: {2**20 + 1}")),
+                 "another path": (404, post(expect, "Content-Length: 5", target="/x")),
+                 "an empty body": (400, post(expect, "Content-Length: 0")),
+                 "a malformed event id": (400, post(expect, "Content-Length: 5", "Sequence: 1"))}
+        for rule, (status, sent) in cases.items():
+            with self.subTest(rule), server.connect() as wire:
+                wire.sendall(sent)
+                self.assertTrue(wire.recv(65536).startswith(b"HTTP/1.1 %d " % status))
+
+    def test_a_body_is_asked_for_when_its_sender_waits(self):
+        with Server(self).connect() as wire:
+            wire.sendall(post("Expect: 100-Continue", f"Content-Length: {len(EVENT)}"))
+            self.assertEqual(wire.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
+            wire.sendall(EVENT)
+            self.assertEqual(read_answer(wire)[0], 200)
+
+    def test_a_body_is_not_asked_for_when_its_sender_does_not_wait(self):
+        server = Server(self)
+        for rule, sent in {"no expectation": post(body=EVENT),
+                           "HTTP/1.0": post("Expect: 100-Continue", body=EVENT, version="1.0")}.items():
+            with self.subTest(rule), server.connect() as wire:
+                wire.sendall(sent)
+                self.assertTrue(wire.recv(65536).startswith(b"HTTP/1.1 200 "))
+
+    def test_everything_but_health_needs_the_secret(self):
+        for secret in ("secret", "Bearer s\u00e9cret"):
+            server = Server(self, "--host", "0.0.0.0", EVENTS_AUTHORIZATION=secret, log="log" + secrets.token_hex(4))
+            right = "Authorization: " + secret.encode().decode("latin-1")
+            wrong = {"missing": [], "empty": ["Authorization: "], "in upper case": ["Authorization: Secret"],
+                     "longer": ["Authorization: secrets"], "right and longer": [right + "x"]}
+            for rule, fields in wrong.items():
+                for method, path in (("POST", "/liveEvent"), ("GET", "/userEvents/user1"), ("OPTIONS", "/liveEvent"),
+                                     ("GET", "/x")):
+                    with self.subTest(f"{rule}: {method} {path}"):
+                        sent = request(method, path, *fields, body=EVENT, host="example.com")
+                        headers, _ = self.assertStatus(server, 401, sent)
+                        self.assertTrue(headers["WWW-Authenticate"])
+            self.assertEqual(server.log.read_bytes(), b"")
+            self.assertStatus(server, 200, request("GET", "/health", host="example.com"))
+            self.assertStatus(server, 404, request("GET", "/userEvents/user1", right, host="example.com"))
+            self.assertStatus(server, 200, post(right, body=EVENT, host="example.com"))
+
+    def test_without_a_secret_the_server_listens_on_loopback_alone(self):
+        for secret in (None, ""):
+            for host in ("0.0.0.0", "::", ""):
+                _, errors = self.run_script("server.py", "--host", host, "--port", 0, status=1,
+                                            **({} if secret is None else {"EVENTS_AUTHORIZATION": secret}))
+                self.assertIn("EVENTS_AUTHORIZATION", errors)
+                self.assertEqual(errors.count("\n"), 1)
+        self.assertEqual(Server(self, EVENTS_AUTHORIZATION="").post(EVENT)[0], 200)
+
+    def test_a_server_that_cannot_start_says_why_in_a_line(self):
+        server = Server(self)
+        for arguments, words in ((["--port", server.port], "Address already in use"),
+                                 (["--port", 0, "--log", self.directory / "none" / "log"], "No such file or directory"),
+                                 (["--port", 0, "--log", self.directory], "Is a directory")):
+            with self.subTest(words):
+                _, errors = self.run_script("server.py", *arguments, status=1)
+                self.assertIn(words, errors)
+                self.assertEqual(errors.count("\n"), 1)
+        self.run_script("server.py", "--workers", 0, status=2)
+
+    def test_a_request_is_accepted_as_node_streams_it(self):
+        server = Server(self, EVENTS_AUTHORIZATION="secret")
+        head = (b"POST /liveEvent HTTP/1.1\r\nContent-Type: application/json\r\nAuthorization: secret\r\n"
+                b"Host: localhost:8000\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.assertStatus(server, 200, head, b"%x\r\n" % len(EVENT), EVENT, b"\r\n", b"0\r\n\r\n")
+        self.assertEqual(len(ids_in(server.log)), 1)
+
+    def test_a_thousand_connections_at_once_are_served(self):
+        wires = []
+        with contextlib.ExitStack() as stack:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # as macOS begins
+            server = Server(self, "--workers", "2")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+            for worker in server.workers():
+                os.kill(worker, signal.SIGSTOP)
+            for number in range(1000):
+                if number == 100:  # these wait in the backlog
+                    for worker in server.workers():
+                        os.kill(worker, signal.SIGCONT)
+                wires.append(stack.enter_context(server.connect()))
+            for wire in wires:
+                wire.sendall(post(body=EVENT))
+            self.assertEqual({read_answer(wire)[0] for wire in wires}, {200})
+        self.assertEqual(len(set(ids_in(server.log))), 1000)
+
+    def test_no_peer_keeps_its_connection_for_ever(self):
+        health, large = request("GET", "/health"), post(f"Content-Length: {2**30}")
+        log = unittest.mock.Mock(failed=None, append=lambda lines, done: threading.Timer(0.1, done, [None]).start())
+        soon, errors = {"REQUEST_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}, io.StringIO()
+        cases = {"idle after an event": (post(body=EVENT), b"", soon), "idle after health": (health, b"", soon),
+                 "reads no answer": (health, 1000 * health, soon),
+                 "has not heard of the refusal": (large, b"x" * 10_000, {"DRAIN_BYTES": 2**30, "DRAIN_SECONDS": 0.2}),
+                 "sends on and on": (large, b"x" * 10_000, {"DRAIN_BYTES": 10**6, "DRAIN_SECONDS": 30})}
+        for case, (begins, goes_on, settings) in cases.items():
+            with self.subTest(case), contextlib.redirect_stderr(errors), serving(log, **settings) as worker, \
+                    socket.socket() as wire:
+                wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                wire.connect(worker.server_address)
+                wire.sendall(begins)
+                wait_until(lambda: worker.deadlines, "the connection is accepted")
+                wire.setblocking(False)
+
+                def ended():
+                    with contextlib.suppress(OSError):
+                        wire.send(goes_on)
+                    return not worker.deadlines
+                wait_until(ended, "the connection is given up")
+        self.assertEqual(errors.getvalue(), "")
+
+    def test_a_slow_disk_is_waited_for(self):
+        pending = []
+        log = unittest.mock.Mock(failed=None, append=lambda lines, done: pending.append(done))
+        with serving(log, REQUEST_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
+            with socket.create_connection(worker.server_address, timeout=20) as waiting:
+                waiting.sendall(post(body=EVENT))
+                wait_until(lambda: pending, "the event waits for the disk")
+                for _ in range(3):
+                    with socket.create_connection(worker.server_address, timeout=20) as idle:
+                        self.assertEqual(idle.recv(1), b"")
+                pending[0](None)
+                self.assertEqual(read_answer(waiting)[0], 200)
+
+    def test_a_failed_append_has_its_status(self):
+        log = unittest.mock.Mock(failed=None)
+        cases = {"none": (None, 200), "no space": (OSError(errno.ENOSPC, ""), 507),
+                 "quota": (OSError(errno.EDQUOT, ""), 507), "file too large": (OSError(errno.EFBIG, ""), 507),
+                 "input/output": (OSError(errno.EIO, ""), 503),
+                 "memory": (MemoryError(), 503), "sync": (server_module.SyncFailed(errno.ENOSPC, ""), 503)}
+        for case, (error, status) in cases.items():
+            log.append = lambda lines, done: done(error)
+            with self.subTest(case), serving(log, DRAIN_SECONDS=2) as worker, \
+                    socket.create_connection(worker.server_address, timeout=20) as wire:
+                wire.sendall(post(body=EVENT))
+                self.assertEqual(read_answer(wire)[0], status)
+
+    def test_a_bug_is_answered_with_500(self):
+        with serving(unittest.mock.Mock(failed=None), DRAIN_SECONDS=2) as worker, \
+                socket.create_connection(worker.server_address, timeout=20) as wire:
+            worker.database.revenue = unittest.mock.Mock(side_effect=ZeroDivisionError)
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                wire.sendall(request("GET", "/userEvents/user1"))
+                self.assertEqual(read_answer(wire)[0], 500)
+            self.assertIn("ZeroDivisionError", errors.getvalue())
+
+    def test_a_worker_takes_no_more_connections_than_it_may_hold(self):
+        with server_module.listen("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
+            worker = server_module.Worker(listener, None, None)
+            for _ in range(2):
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+            with unittest.mock.patch.object(server_module, "MAX_CONNECTIONS", 1):
+                first, _ = worker.get_request()
+                self.assertRaises(BlockingIOError, worker.get_request)
+                worker.shutdown_request(first)
+                worker.shutdown_request(worker.get_request()[0])
+
+    def test_a_peer_that_vanishes_at_any_stage_leaves_no_trace(self):
+        server = Server(self)
+        whole = chunked(EVENT)
+        for end in range(0, len(whole), 3):
+            for linger in (b"\0" * 8, b"\1\0\0\0\0\0\0\0"):  # a plain close, and a reset
+                with server.connect() as wire:
+                    wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    wire.sendall(whole[:end])
+        length = f"Content-Length: {3 * len(EVENT)}"
+        for case, part in {"an event": whole[:-1],
+                           "a batch whose first part is a batch, too": post(length, media="application/x-ndjson")
+                           + EVENT + b"\n"}.items():
+            with self.subTest(case), server.connect() as wire:
+                wire.sendall(part)
+                wire.shutdown(socket.SHUT_WR)
+                self.assertEqual(wire.recv(1), b"")
+        self.assertEqual(server.log.read_bytes(), b"")
+        self.assertStatus(server, 200, whole)
+
+    def test_a_connection_that_is_too_slow_is_cut_off(self):
+        server = Server(self, patch="server.REQUEST_SECONDS = server.DRAIN_SECONDS = 1")
+        with server.connect() as idle, server.connect() as slow, server.connect() as deaf:
+            deaf.sendall(post(f"Content-Length: {2**20 + 1}"))
+            for byte in post(body=EVENT)[:-1]:
+                slow.sendall(bytes([byte]))
+                if select.select([slow], [], [], 0.05)[0]:
+                    break
+            self.assertEqual(read_answer(slow)[0], 408)
+            self.assertEqual(idle.recv(1), b"")
+            read_answer(deaf)
+            self.assertEqual(deaf.recv(1), b"")
+
+    def test_no_two_logs_begin_alike(self):
+        for name in ("one", "two"):
+            self.assertEqual(Server(self, log=name).post(EVENT, Producer_Id="p", Sequence=1)[0], 200)
+        self.assertNotEqual(self.path("one").read_bytes(), self.path("two").read_bytes())
+
+    LINES = [EVENT, b"", b"{", EVENT + b"\r", b" \t\r", EVENT.replace(b"1}", b"NaN}")]  # the third and the last are bad
+
+    def test_a_batch_has_its_bad_lines_listed(self):
+        server = Server(self)
+        for producer in ({}, {"Producer_Id": "p", "Sequence": 2**53 - 6}):
+            status, answer = server.post(b"\n".join(self.LINES), "application/x-ndjson", **producer)
+            self.assertEqual((status, answer["message"], answer["accepted"]), (200, "Events received", 2))
+            self.assertEqual([entry["line"] for entry in answer["rejected"]], [3, 6])
+        self.assertEqual([sequence for _, sequence in ids_in(server.log)][2:], [2**53 - 6, 2**53 - 3])
+
+    def test_a_batch_ends_at_the_last_sequence(self):
+        two = EVENT + b"\n" + EVENT
+        status, _ = Server(self).post(two, "application/x-ndjson", Producer_Id="p", Sequence=2**53 - 1)
+        self.assertEqual(status, 400)
+
+    def test_a_batch_has_0_to_10_000_lines(self):
+        server = Server(self)
+        self.assertEqual(server.post(b"", "application/x-ndjson")[1]["accepted"], 0)
+        self.assertEqual(server.post((EVENT + b"\n") * 10_000, "application/x-ndjson")[1]["accepted"], 10_000)
+
+    def test_no_id_that_the_server_gives_is_given_twice(self):
+        server = Server(self)
+        server.post((EVENT + b"\n") * 10_000, "application/x-ndjson")
+        for _ in range(10):  # whichever worker takes it
+            server.post(b"\n".join(self.LINES), "application/x-ndjson")
+            server.post(EVENT)
+        ids = ids_in(server.log)
+        self.assertEqual((len(ids), len(set(ids))), (10_030, 10_030))
+
+    def test_the_log_holds_the_text_as_received_with_the_stamp_behind_it(self):
+        server = Server(self)
+        text = '{"userId":"\u2028\u0085\\u00e9",\r\n "extra": [1.50, {}],"name" :"add_revenue","value":1.50}'.encode()
+        server.post(b"\n" + text + b" \r\n", Producer_Id="p", Sequence=7)
+        server.post(EVENT)
+        first, second = server.log.read_bytes().split(b"\n")[:-1]
+        self.assertRegex(first, re.escape(b" " + text.replace(b"\r\n", b"  ")[:-1])
+                         + rb', "log": "[0-9a-f]{32}", "producerId": "p", "sequence": 7}')
+        self.assertRegex(second, re.escape(EVENT[:-1]) + rb', "producerId": "[A-Za-z0-9_-]{22}", "sequence": 1}')
+
+
+# ---- The client -----------------------------------------------------------------------------------------------------
 
 class Client(SystemTest):
     """The delivery of a file."""
@@ -998,24 +2459,29 @@ class Client(SystemTest):
         delivery.file.close()
         delivery._state.close()
 
-    def test_batches_and_what_is_read_ahead_are_bounded(self):
+    def test_reading_ahead_is_bounded(self):
         first, attempts = EVENT.replace(b"user1", b"first"), []
 
-        def post(count, body):
+        def answer(count, body):
             if first in body:
                 attempts.append(count)
             if first in body and len(attempts) < 5:
                 return 503, {}, b""
             return 200, {}, b'{"accepted": %d, "rejected": []}' % body.count(b"\n")
-        with Recorder(options=[BATCHES], post=post) as server:
+        with Recorder(options=[BATCHES], post=answer) as server:
             self.path("events.jsonl", first + b"\n" + (EVENT + b"\n") * 100)
             self.client("--url", server.url, "--batch-size", 1)
-            self.assertEqual({body.count(b"\n") for _, body in server.posts}, {1})
-            self.assertLess(attempts[-1], 5 + client_module.BATCHES_AHEAD)  # the others waited for the first
+        self.assertEqual({body.count(b"\n") for _, body in server.posts}, {1})
+        self.assertLess(attempts[-1], 5 + client_module.BATCHES_AHEAD)  # the others waited for the first
+
+    def test_a_batch_is_bounded_in_bytes(self):
+        def answer(_count, body):
+            return 200, {}, b'{"accepted": %d, "rejected": []}' % body.count(b"\n")
+        with Recorder(options=[BATCHES], post=answer) as server:
             self.client(self.path("large", (padded(60_000) + b"\n") * 30), "--url", server.url)
         self.assertLessEqual(max(len(body) for _, body in server.posts), 512 * 1024)
 
-    def test_retries_come_later_each_time_and_at_random(self):
+    def test_the_random_pause_before_a_retry_doubles(self):
         spans = []
         with Recorder(options=[(503, {}, b"")] * 12 + [BATCHES], post=None) as server, \
                 unittest.mock.patch.object(client_module.random, "uniform", lambda *span: spans.append(span) or 0):
@@ -1024,18 +2490,19 @@ class Client(SystemTest):
         self.assertEqual([high for _, high in spans],
                          [min(spans[0][1] * 2**n, client_module.MAX_BACKOFF_SECONDS) for n in range(12)])
 
-    def test_it_gives_up_so_long_after_the_last_success_and_not_after_the_start(self):
+    def test_it_gives_up_so_long_after_the_last_success(self):
         success, refusal = (200, {}, b'{"accepted": 1, "rejected": []}'), (400, {}, b'{"error": "words"}')
         events = str(self.path("events.jsonl", (EVENT + b"\n") * 4))
-        for options, second in ((BATCHES, success), ((404, {}, b""), refusal)):
+        for case, options, second in (("batches", BATCHES, success), ("single events", (404, {}, b""), refusal)):
             clock, answers = itertools.count(6, 6), {1: success, 3: second, 5: success}
             now = [0]
 
-            def post(count, body):
+            def answer(count, body):
                 now[0] = next(clock)
                 return answers.get(count, (503, {}, b""))
-            with Recorder(options=[options], post=post) as server, \
-                    unittest.mock.patch.object(client_module, "time", types.SimpleNamespace(monotonic=lambda: now[0])):
+            time_of_test = types.SimpleNamespace(monotonic=lambda: now[0])
+            with self.subTest(case), Recorder(options=[options], post=answer) as server, \
+                    unittest.mock.patch.object(client_module, "time", time_of_test):
                 delivery = client_module.Delivery(events)
                 with delivery.file, delivery._state:
                     batches = list(client_module.read_batches(delivery, 1))
@@ -1061,135 +2528,164 @@ class Client(SystemTest):
                 client_module.Progress(1000).show(10, 500)
             self.assertEqual("10 events, 50%" in stderr.getvalue(), terminal)
 
-    def test_it_gives_up_and_says_what_was_not_delivered_and_goes_on_later(self):
+    def test_a_delivery_that_was_given_up_is_continued_later(self):
         events = write_events(self.path("events.jsonl"), 30)
-        _, errors = self.client("--url", f"http://localhost:{free_port()}/liveEvent", "--give-up-after", "0.2", status=1)
+        nowhere = f"http://localhost:{free_port()}/liveEvent"
+        _, errors = self.client("--url", nowhere, "--give-up-after", "0.2", status=1)
         self.assertIn("Not delivered: every line from 1 on.", errors)
         state = json.loads(self.path("events.jsonl.delivery").read_text())
         self.assertEqual((state["size"], state["sha256"]),
                          (events.stat().st_size, hashlib.sha256(events.read_bytes()).hexdigest()))
         server = Server(self)
         self.client("--url", server.url)
-        self.assertEqual({producer for producer, _ in names_in(server.log)}, {state["producerId"]})
+        self.assertEqual({producer for producer, _ in ids_in(server.log)}, {state["producerId"]})
 
     def test_it_refuses_to_go_on_with_a_changed_file_until_it_is_told_to_restart(self):
         server = Server(self)
-        events = write_events(self.path("events.jsonl"), 3)
+        events, state = write_events(self.path("events.jsonl"), 3), self.path("events.jsonl.delivery")
         gone = f"http://localhost:{free_port()}/liveEvent"
-        for spoil in (lambda: events.write_bytes(events.read_bytes() + EVENT),
-                      lambda: events.write_bytes(events.read_bytes().replace(b': "user', b': "User')),
-                      lambda: self.path("events.jsonl.delivery", re.sub(
-                          r'Id": "[^"]+"', 'Id": ""', self.path("events.jsonl.delivery").read_text())),
-                      lambda: self.path("events.jsonl.delivery", b"\xff{"), lambda: self.path("events.jsonl.delivery", "[]"),
-                      lambda: self.path("events.jsonl.delivery", "[" * 100_000)):
-            self.client("--url", gone, "--give-up-after", "0", "--restart", status=1)
-            spoil()
-            _, errors = self.client("--url", server.url, status=1)
-            self.assertIn("--restart", errors)
+        changes = {"a line was added": lambda: events.write_bytes(events.read_bytes() + EVENT),
+                   "a byte was changed": lambda: events.write_bytes(
+                       events.read_bytes().replace(b': "user', b': "User')),
+                   "the producer id is empty": lambda: state.write_text(
+                       re.sub(r'Id": "[^"]+"', 'Id": ""', state.read_text())),
+                   "the state is not UTF-8": lambda: state.write_bytes(b"\xff{"),
+                   "the state is an array": lambda: state.write_text("[]"),
+                   "the state is nested too deep": lambda: state.write_text("[" * 100_000)}
+        for case, change in changes.items():
+            with self.subTest(case):
+                self.client("--url", gone, "--give-up-after", "0", "--restart", status=1)
+                change()
+                _, errors = self.client("--url", server.url, status=1)
+                self.assertIn("--restart", errors)
         self.assertFalse(server.log.read_bytes())
         self.client("--url", server.url, "--restart")
-        self.assertEqual(len(names_in(server.log)), 4)
+        self.assertEqual(len(ids_in(server.log)), 4)
 
-    def test_a_wrong_secret_stops_it_at_once_with_the_servers_words(self):
+    def test_a_wrong_secret_stops_it_with_the_words_of_the_server(self):
         secret = {"EVENTS_AUTHORIZATION": "Bearer s\u00e9cret"}
         server = Server(self, **secret)
         write_events(self.path("events.jsonl"), 3)
         _, errors = self.client("--url", server.url, status=1)
         self.assertIn("status 401: the Authorization header is missing or wrong", errors)
         self.client("--url", server.url, **secret)
-        self.assertEqual(len(names_in(server.log)), 3)
+        self.assertEqual(len(ids_in(server.log)), 3)
 
-    def test_a_server_of_single_events_is_served_one_at_a_time(self):
+    def test_a_server_of_single_events_is_sent_one_at_a_time(self):
+        def answer(_count, body):
+            return (refused, {}, b'{"error": "no"}') if b"bad" in body else (200, {}, b"Event received")
         for options, refused in ((404, 400), (405, 413), (501, 422), (200, 400)):
-            with Recorder(options=[(options, {}, b"")], post=lambda count, body: (
-                    (refused, {}, b'{"error": "no"}') if b"bad" in body else (200, {}, b"Event received"))) as server:
+            with self.subTest(options=options), Recorder(options=[(options, {}, b"")], post=answer) as server:
                 self.path("events.jsonl", EVENT + b"\n\n" + EVENT.replace(b"user1", b"bad") + b"\r\n" + EVENT)
                 output, errors = self.client("--url", server.url, "--batch-size", 3, status=1)
-            self.assertIn("2 events accepted, 1 rejected", output)
-            self.assertIn("events.jsonl:3: no\n", errors)
-            self.assertEqual([(headers["Content-Type"], headers["Sequence"], json.loads(body)["userId"])
-                              for headers, body in sorted(server.posts, key=lambda post: post[0]["Sequence"])],
-                             [("application/json", sequence, user)
-                              for sequence, user in (("1", "user1"), ("3", "bad"), ("4", "user1"))])
-            self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
+                self.assertIn("2 events accepted, 1 rejected", output)
+                self.assertIn("events.jsonl:3: no\n", errors)
+                self.assertEqual([(headers["Content-Type"], headers["Sequence"], json.loads(body)["userId"])
+                                  for headers, body in sorted(server.posts, key=lambda sent: sent[0]["Sequence"])],
+                                 [("application/json", sequence, user)
+                                  for sequence, user in (("1", "user1"), ("3", "bad"), ("4", "user1"))])
+                self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
 
-    def test_whatever_is_no_full_answer_is_tried_again_under_the_same_name(self):
-        full = b'{"accepted": 2, "rejected": [{"line": 2, "error": "e"}]}'
-        entries = [b'{"line": %d, "error": "e"}' % line for line in range(1, 10)]
-        incomplete = [b"", b"<html>", b"[]", b"[" * 100_000, b'{"accepted": 3}', b'{"accepted": 1, "rejected": []}',
-                      b'{"accepted": 2, "rejected": [{"line": 1e999, "error": "e"}]}',
-                      b'{"accepted": 2, "rejected": [{"line": 2.0, "error": "e"}]}', b'{"accepted": 2, "rejected": [%b]}' % entries[3],
-                      b'{"accepted": 2, "rejected": [%b]}' % entries[8], b'{"accepted": 1, "rejected": [%b, %b]}' % (entries[1], entries[1]),
-                      b'{"rejected": []}', b'{"accepted": 2, "rejected": [%b, %b]}' % (entries[1], entries[1]),
-                      b'{"accepted": -1, "rejected": [%b]}' % b", ".join(entries[:4])]
-        answers = [(500, {}, b"oops"), (503, {"Retry-After": "1"}, b""), (507, {}, b"{}"), (429, {}, b""), (201, {}, full), None,
-                   (408, {}, b""), (502, {}, b""), (200, {"Transfer-Encoding": "chunked"}, full),
-                   *((200, {}, body) for body in incomplete)]
-        for first in range(0, len(answers), 4):
-            now = answers[first:first + 4] + [(200, {}, full)]
-            with Recorder(options=[(503, {}, b""), None, BATCHES],
-                          post=lambda count, body: now[count]) as server:
+    FULL = b'{"accepted": 2, "rejected": [{"line": 2, "error": "e"}]}'
+
+    def assertTriedAgain(self, answers):
+        """Check that a batch with each of {case: answer} is sent again under the same id, four of them in a run."""
+        cases = list(answers)
+        for group in [cases[first:first + 4] for first in range(0, len(cases), 4)]:
+            now = [answers[case] for case in group] + [(200, {}, self.FULL)]
+            with self.subTest(", ".join(group)), Recorder(options=[(503, {}, b""), None, BATCHES],
+                                                          post=lambda count, body: now[count]) as server:
                 self.path("events.jsonl", (EVENT + b"\n") * 3 + b"\n")
                 output, errors = self.client("--url", server.url, status=1)
-            self.assertIn("2 events accepted, 1 rejected", output)
-            self.assertIn("events.jsonl:2: e\n", errors)
-            self.assertEqual(len(server.posts), len(now))
-            self.assertEqual(len({(headers["Producer-Id"], headers["Sequence"], body) for headers, body in server.posts}), 1)
+                self.assertIn("2 events accepted, 1 rejected", output)
+                self.assertIn("events.jsonl:2: e\n", errors)
+                self.assertEqual(len(server.posts), len(now))
+                self.assertEqual(len({(headers["Producer-Id"], headers["Sequence"], body)
+                                      for headers, body in server.posts}), 1)
+
+    def test_a_batch_without_a_final_status_is_tried_again_under_the_same_id(self):
+        self.assertTriedAgain({
+            "500": (500, {}, b"oops"), "503 with Retry-After": (503, {"Retry-After": "1"}, b""),
+            "507": (507, {}, b"{}"), "429": (429, {}, b""), "201": (201, {}, self.FULL),
+            "a cut connection": None, "408": (408, {}, b""),
+            "502": (502, {}, b""), "malformed chunks": (200, {"Transfer-Encoding": "chunked"}, self.FULL)})
+
+    def test_a_batch_without_a_complete_answer_is_tried_again_under_the_same_id(self):
+        def rejected(accepted, *lines):
+            entries = ", ".join(f'{{"line": {line}, "error": "e"}}' for line in lines)
+            return f'{{"accepted": {accepted}, "rejected": [{entries}]}}'.encode()
+        self.assertTriedAgain({case: (200, {}, body) for case, body in {
+            "nothing": b"", "HTML": b"<html>", "an array": b"[]", "nested too deep": b"[" * 100_000,
+            "no rejected": b'{"accepted": 3}', "too few accepted": rejected(1),
+            "an endless line number": rejected(2, "1e999"),
+            "a fraction for a line number": rejected(2, "2.0"), "an empty line rejected": rejected(2, 4),
+            "a line behind the batch": rejected(2, 9), "a line twice": rejected(1, 2, 2),
+            "no accepted": b'{"rejected": []}', "a line twice, one too many": rejected(2, 2, 2),
+            "a negative number accepted": rejected(-1, 1, 2, 3, 4)}.items()})
 
     def test_a_redirect_or_a_refused_batch_is_no_delivery(self):
-        for status, headers in ((301, {"Location": "/elsewhere"}), (302, {"Location": "/elsewhere"}), (303, {}), (413, {}),
-                                (403, {})):
-            with Recorder(options=[BATCHES], post=lambda count, body: (status, headers, b'{"error": "words"}')) as server:
+        elsewhere = {"Location": "/elsewhere"}
+        for status, headers in ((301, elsewhere), (302, elsewhere), (303, {}), (413, {}), (403, {})):
+            with self.subTest(status=status), Recorder(options=[BATCHES], post=lambda count, body: (
+                    status, headers, b'{"error": "words"}')) as server:
                 self.path("events.jsonl", EVENT)
                 _, errors = self.client("--url", server.url, "--restart", status=1)
-            self.assertIn(f"answered with status {status}: words.\nNot delivered: line 1.", errors)
-            self.assertEqual(len(server.posts), 1)
+                self.assertIn(f"answered with status {status}: words.\nNot delivered: line 1.", errors)
+                self.assertEqual(len(server.posts), 1)
 
-    def test_a_refusal_ends_the_run_and_names_the_lines_that_were_not_answered(self):
+    ANSWERS = {"1": (200, {}, b'{"accepted": 1, "rejected": []}'), "2": (401, {}, b""), "3": (503, {}, b""),
+               "4": (200, {}, b'{"accepted": 1, "rejected": []}')}  # to the user of each line
+
+    def test_a_refused_batch_ends_the_run_with_the_lines_that_were_not_delivered(self):
         together, seen = threading.Barrier(4), set()
-        answers = {"1": (200, {}, b'{"accepted": 1, "rejected": []}'), "2": (401, {}, b""), "3": (503, {}, b""),
-                   "4": (200, {}, b'{"accepted": 1, "rejected": []}')}
 
-        def post(count, body):
+        def answer(_count, body):
             user = json.loads(body)["userId"]
             if user not in seen:
                 seen.add(user)
                 together.wait(5)
-            return answers[user]
-        self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in answers))
-        with Recorder(options=[BATCHES], post=post) as server:
+            return self.ANSWERS[user]
+        self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in self.ANSWERS))
+        with Recorder(options=[BATCHES], post=answer) as server:
             _, errors = self.client("--url", server.url, "--batch-size", 1, "--give-up-after", 1000, status=1)
         self.assertIn("Not delivered: lines 2 to 3.\n", errors)
-        with Recorder(options=[(404, {}, b"")], post=lambda count, body: answers[json.loads(body)["userId"]]) as server:
+
+    def test_a_refused_event_ends_the_run_with_the_lines_that_were_not_delivered(self):
+        self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in self.ANSWERS))
+        with Recorder(options=[(404, {}, b"")],
+                      post=lambda count, body: self.ANSWERS[json.loads(body)["userId"]]) as server:
             _, errors = self.client("--url", server.url, status=1)
         self.assertIn("Not delivered: lines 2 to 4.\n", errors)
 
-    def test_odd_files(self):
+    def test_each_line_of_an_odd_file_is_delivered_or_rejected(self):
         server = Server(self)
         huge = b'{"userId": "' + b"x" * 600_000 + b'"}'
         bom, long = b"\xef\xbb\xbf" + EVENT, EVENT[:-1] + b', "pad": "' + b"x" * 100_000 + b'"}'
-        for content, accepted, rejected in ((b"", 0, []), (b"\n\r\n \n", 0, []), (EVENT, 1, []), (EVENT + b"\r\n", 1, []),
-                                            (bom + b"\n" + EVENT, 1, [bom]), (huge, 0, [huge]), (long, 0, [long]),
-                                            (EVENT + b"\n" + huge + b"\n" + long + b"\n" + EVENT, 2, [huge, long]),
-                                            (EVENT + b"\r" + EVENT, 0, [EVENT + b"\r" + EVENT])):
-            events = self.path(f"events{secrets.token_hex(4)}", content)
-            output, _ = self.client(events, "--url", server.url, status=1 if rejected else 0)
-            self.assertIn(f"{accepted} events accepted, {len(rejected)} rejected", output)
-            if rejected:
-                self.assertEqual(Path(f"{events}.rejected").read_bytes(), b"\n".join(rejected) + b"\n")
+        files = {"empty": (b"", 0, []), "empty lines": (b"\n\r\n \n", 0, []), "no line end": (EVENT, 1, []),
+                 "CRLF": (EVENT + b"\r\n", 1, []), "a byte order mark": (bom + b"\n" + EVENT, 1, [bom]),
+                 "a line larger than a batch": (huge, 0, [huge]), "a line larger than an event": (long, 0, [long]),
+                 "large lines between others": (b"\n".join([EVENT, huge, long, EVENT]), 2, [huge, long]),
+                 "CR for a line end": (EVENT + b"\r" + EVENT, 0, [EVENT + b"\r" + EVENT])}
+        for case, (content, accepted, rejected) in files.items():
+            with self.subTest(case):
+                events = self.path(f"events{secrets.token_hex(4)}", content)
+                output, _ = self.client(events, "--url", server.url, status=1 if rejected else 0)
+                self.assertIn(f"{accepted} events accepted, {len(rejected)} rejected", output)
+                if rejected:
+                    self.assertEqual(Path(f"{events}.rejected").read_bytes(), b"\n".join(rejected) + b"\n")
         self.processor()
 
-    def test_a_delivery_is_kept_until_answers_rejected_lines_and_receipt_are_safe(self):
+    def test_a_delivery_is_kept_until_its_results_are_safe(self):
         state, seen = self.path("events.jsonl.delivery"), []
 
-        def post(_count, _body):
+        def answer(_count, _body):
             seen.append(state.exists())
             return 200, {}, b'{"accepted": 1, "rejected": [{"line": 2, "error": "wrong"}]}'
         receiver, gone = os.pipe()
         os.close(receiver)
         self.addCleanup(os.close, gone)
         self.path("events.jsonl", (EVENT + b"\n") * 40)
-        with Recorder(options=[(204, {"Accept-Post": "application/x-ndjson"}, b"")], post=post) as server:
+        with Recorder(options=[BATCHES], post=answer) as server:
             arguments = ["--url", server.url, "--batch-size", "2"]
             self.path("events.jsonl.rejected").mkdir()
             self.assertIn("Is a directory", self.client(*arguments, status=1)[1])
@@ -1203,7 +2699,7 @@ class Client(SystemTest):
         self.assertEqual(seen, [True] * 60)
         self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
 
-    def test_ctrl_c_ends_it_quietly_and_it_goes_on_later(self):
+    def test_a_delivery_that_ctrl_c_ended_is_continued_later(self):
         server = Server(self)
         events = write_events(self.path("events.jsonl"), 100_000)
         client = self.start("client.py", "--url", server.url, "--batch-size", "50")
@@ -1215,1180 +2711,119 @@ class Client(SystemTest):
         self.assertRevenue(oracle(events))
 
     def test_what_is_typed_wrong_is_said_in_a_sentence(self):
-        for arguments, status, words in ((["missing"], 1, "missing: No such file or directory"),
-                                         ([self.directory], 1, "Is a directory"),
-                                         (["--batch-size", "0"], 2, "--batch-size must be"),
-                                         (["--batch-size", "10001"], 2, "--batch-size must be"),
-                                         (["--give-up-after", "-1"], 2, "--give-up-after must"),
-                                         (["--url", "localhost:8000"], 2, "--url must look like"),
-                                         (["--url", "http://[::1/"], 2, "--url must look like"),
-                                         (["--url", "http://localhost:99999/"], 2, "--url must look like"),
-                                         (["--url", "ftp://x/"], 2, "--url must look like"),
-                                         ([self.path("e", EVENT), "--url", "http://a..b/liveEvent"], 1, "is malformed")):
-            _, errors = self.client(*arguments, status=status)
-            self.assertIn(words, errors)
+        cases = {"a missing file": (["missing"], 1, "missing: No such file or directory"),
+                 "a directory": ([self.directory], 1, "Is a directory"),
+                 "batches of 0": (["--batch-size", "0"], 2, "--batch-size must be"),
+                 "batches of 10,001": (["--batch-size", "10001"], 2, "--batch-size must be"),
+                 "a negative time": (["--give-up-after", "-1"], 2, "--give-up-after must"),
+                 "a URL without a scheme": (["--url", "localhost:8000"], 2, "--url must look like"),
+                 "a URL with half an address": (["--url", "http://[::1/"], 2, "--url must look like"),
+                 "a URL with a port too large": (["--url", "http://localhost:99999/"], 2, "--url must look like"),
+                 "a URL of FTP": (["--url", "ftp://x/"], 2, "--url must look like"),
+                 "a malformed host": ([self.path("e", EVENT), "--url", "http://a..b/liveEvent"], 1, "is malformed")}
+        for case, (arguments, status, words) in cases.items():
+            with self.subTest(case):
+                _, errors = self.client(*arguments, status=status)
+                self.assertIn(words, errors)
 
 
-BATCHES = (204, {"Accept-Post": "application/x-ndjson"}, b"")  # an answer to OPTIONS
+# ---- Following and auditing -----------------------------------------------------------------------------------------
 
+class Following(SystemTest):
+    """data_processor.py --follow."""
 
-class Recorder:
-    """An HTTP server that answers what it is told to and records what it is sent. An answer None cuts the connection."""
+    def follow(self, log):
+        """Start data_processor.py --follow and return it with a function that waits for a revenue of user1."""
+        follower = self.start("data_processor.py", "--follow", log)
 
-    def __init__(self, options, post):
-        recorder = self
-        self.posts = []
+        def wait_for_revenue(expected, what):
+            wait_until(lambda: query("SELECT revenue FROM users_revenue") == [(expected,)], what)
+        return follower, wait_for_revenue
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_OPTIONS(self):
-                self.answer(options.pop(0) if len(options) > 1 else options[0])
+    def assertStops(self, follower):
+        """Check that a follower ends quietly when it is told to."""
+        follower.terminate()
+        self.assertEqual(follower.wait(10), 0)
+        self.assertRegex(follower.stderr.read(), r"\A(server-events.jsonl: is not there; waiting for it.\n)*\Z")
 
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                recorder.posts.append((self.headers, body))
-                self.answer(post(len(recorder.posts) - 1, body))
-
-            def do_GET(self):
-                raise AssertionError("the client must not follow a redirect")
-
-            def answer(self, answer):
-                if answer is None:
-                    self.close_connection = True
-                    return
-                status, headers, body = answer
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments):
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/liveEvent"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-
-
-
-def request(method="POST", target="/liveEvent", *fields, body=b"", version="1.1", host="127.0.0.1", media="application/json",
-            length=True):
-    """Return the bytes of a request with the usual fields and those that are given."""
-    lines = [f"{method} {target} HTTP/{version}"]
-    lines += [f"Host: {host}"] * (host is not None) + [f"Content-Type: {media}"] * bool(media)
-    lines += [f"Content-Length: {len(body)}"] * (length and bool(body))
-    return "\r\n".join([*lines, *fields, "", ""]).encode("latin-1") + body
-
-
-def chunked(*chunks, end=b"0\r\n\r\n"):
-    """Return a request whose body is sent in chunks."""
-    return request("POST", "/liveEvent", "Transfer-Encoding: chunked") + b"".join(
-        b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + end
-
-
-@contextlib.contextmanager
-def serving(log, **settings):
-    """Return a context in which this process is a worker, with other settings than the server's own."""
-    with unittest.mock.patch.multiple(server_module, **settings), server_module.listen("127.0.0.1", 0) as listener:
-        worker = server_module.Worker(listener, log, None)
-        thread = threading.Thread(target=worker.serve_forever, args=[0.05])
-        thread.start()
-        try:
-            yield worker
-        finally:
-            worker.shutdown()
-            thread.join()
-
-
-class Http(SystemTest):
-    """Requests as bytes, answers by status."""
-
-    def assertStatus(self, server, status, *pieces):
-        """Check an answer's status and shape, and return (headers, decoded body)."""
-        answer, headers, body = server.raw(*pieces)
-        self.assertEqual((answer, headers.get_content_type()), (status, "application/json"), (pieces[0][:100], body))
-        body = json.loads(body)
-        if status >= 400:
-            self.assertEqual(list(body), ["error"])
-        return headers, body
-
-    def test_requests_that_are_fine(self):
+    def test_follow_reads_through_rotations(self):
         server = Server(self)
-        for pieces in ([request(body=EVENT)], [chunked(EVENT)], [chunked(EVENT[:10], EVENT[10:])],
-                       [chunked(EVENT, end=b"0;x=y\r\nX-Trailer: 1\r\n\r\n")], [chunked(EVENT, end=b"000\r\n\r\n")],
-                       [request("POST", "/liveEvent", "Transfer-Encoding: Chunked") + b"%X ; a=\"b\"\r\n" % len(EVENT) + EVENT
-                        + b"\r\n0\r\n\r\n"],
-                       [request(body=EVENT, media="Application/JSON; charset=utf-8")],
-                       [request("POST", "/liveEvent?query", body=EVENT)],
-                       [request("POST", "http://LOCALHOST:1/liveEvent", body=EVENT, host="elsewhere")],
-                       [b"\r\n" + request(body=EVENT)], [request(body=EVENT, version="1.0")],
-                       [request("POST", "/liveEvent", "Accept: a", "Accept: b", "X-Empty:", "Connection: close", body=EVENT)],
-                       [bytes([byte]) for byte in request(body=EVENT)],
-                       [request(body=b"\r\n{\r\n" + EVENT[1:-1] + b"\n}\n")]):
-            self.assertStatus(server, 200, *pieces)
-        self.assertStatus(server, 200, request("POST", "/liveEvent", "Content-Length: " + "0" * 5000 + str(len(EVENT))) + EVENT)
-        self.assertEqual(len(names_in(server.log)), 15)
-        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "[::1]"):
-            self.assertStatus(server, 200, request("GET", "/health", host=host))
-
-    def test_malformed_requests_are_refused_and_none_of_them_is_logged(self):
-        server = Server(self)
-        length = f"Content-Length: {len(EVENT)}"
-        bad = {400: [
-            request("POST", "/liveEvent", f"Content-Length: {value}", length=False) + EVENT
-            for value in ("+54", "-54", "5" * 4400 + "x", "5_4", "\u0665\u0664".encode().decode("latin-1"), "0x36", "54, 54", "", "5 4",
-                          "54e0", "54;")] + [
-            request("POST", "/liveEvent", *fields) + EVENT for fields in (
-                [length, length], [length, "Content-Length: 7"], [length, "Transfer-Encoding: chunked"],
-                ["Transfer-Encoding: gzip"], ["Transfer-Encoding: gzip, chunked"], ["Transfer-Encoding: chunked, chunked"],
-                ["Transfer-Encoding: identity"], ["Transfer-Encoding:"], ["Transfer-Encoding: chunked"] * 2,
-                ["Transfer-Encoding : chunked"], ["Transfer-Encoding: xchunked"], [length, " folded"], [length, "\tfolded"],
-                [length, "no colon"], [length, ": no name"], [length, "sp ace: x"], [length, "X: a\rb"], [length, "X: a\0b"],
-                [length, "X\0: a"], [length, "X: a\nTransfer-Encoding: chunked"], [length, "Host: 127.0.0.1"],
-                [length, "Authorization: a", "Authorization: b"], [length, "Content-Type: application/json"],
-                [length, "n\u00e4me: x"], [length, "Producer-Id: p"], [length, "Sequence: 1"],
-                [length, "Producer-Id: p", "Producer-Id: q", "Sequence: 1"], [length, "Producer-Id: p", "Sequence: 1", "Sequence: 2"],
-                *([length, f"Producer-Id: {producer}", f"Sequence: {sequence}"] for producer, sequence in (
-                    ("", 1), ("p" * 65, 1), ("p p", 1), ("p.", 1), ("\u00e4", 1), ("p", 0), ("p", -1), ("p", "+1"),
-                    ("p", 2**53), ("p", "1.0"), ("p", ""), ("p", "\u00b2"))))] + [
-            chunked(EVENT).replace(b"Transfer", b"X: \r\r\nTransfer", 1),
-            *(request("POST", "/liveEvent", "Transfer-Encoding: chunked") + size + b"\r\n" + EVENT + b"\r\n0\r\n\r\n"
-              for size in (b"-36", b"+36", b"0x36", b"3_6", b"", b"g", b" 36", b"36\0", b"36;\0", b"36;a\rb")),
-            chunked(EVENT).replace(b"36\r\n", b"36\n"), chunked(EVENT).replace(b"}\r\n", b"}xx"), chunked(EVENT, end=b"0\n\n"),
-            chunked(EVENT, end=b"0\r\nno colon\r\n\r\n"),
-            request("POST", "/liveEvent", "Transfer-Encoding: chunked") + b"35\r\n" + EVENT + b"\r\n0\r\n\r\n",
-            request("POST", "/liveEvent", "Transfer-Encoding: chunked", version="1.0") + b"36\r\n" + EVENT + b"\r\n0\r\n\r\n",
-            request(body=EVENT, host=None), b"GET /health\r\n\r\n", b"GET\r\n\r\n", b"GET /health HTTP/1.1\n\n",
-            b"GET  /health HTTP/1.1\r\n\r\n", b"GET /health HTTP/1.1 \r\n\r\n", b"GET /hea lth HTTP/1.1\r\n\r\n",
-            b"GET /health http/1.1\r\n\r\n", b"G\xcbT /health HTTP/1.1\r\n\r\n", b"\0\r\n\r\n", b"\r\n\r\n\r\n",
-            *(b"GET /health HTTP/1.1%bHost: localhost%b%b" % ends for ends in (
-                (b"\n", b"\r\n", b"\r\n"), (b"\r\n", b"\n", b"\r\n"), (b"\r\n", b"\r\n", b"\n"))),
-            request("GET", "/userEvents/%zz"), request("GET", "/userEvents/%FF"),
-            request(body=b"{}"), request(body=b" " * 2**20), chunked(*[b" " * 2**16] * 16), request(body=b"", length=False).replace(b"\r\n\r\n", b"\r\nContent-Length: 0\r\n\r\n")],
-            404: [request("GET", "/"), request("POST", "/liveEvents", body=EVENT), request("POST", "/liveEvent/", body=EVENT),
-                  request("GET", "/userEvents/nobody"), request("GET", "/userEvents/%00"), request("GET", "/userEvents"),
-                  request("OPTIONS", "*"), request("CONNECT", "localhost:80")],
-            411: [request()],
-            413: [request("POST", "/liveEvent", f"Content-Length: {n}") for n in (2**20 + 1, 10**30, "9" * 10_000,
-                                                                                          "1" + "0" * 4000)] + [
-                chunked(*[b"x" * 65536] * 17), request("POST", "/liveEvent", "Transfer-Encoding: chunked") + b"f" * 15 + b"\r\n",
-                request(body=b"\n" * 10_001, media="application/x-ndjson")],
-            414: [b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n"],
-            415: [request(body=EVENT, media=media) for media in (None, "text/plain", "application/jsonx",
-                                                                 "application/x-www-form-urlencoded")],
-            417: [request("POST", "/liveEvent", "Expect: miracles", body=EVENT)],
-            421: [request("GET", path, host="example.com") for path in ("/health", "/userEvents/user1", "/other")] + [
-                request(body=EVENT, host=host) for host in ("example.com", "localhost.example.com", "127.0.0.1.example.com",
-                                                              "127.0.0.1@example.com", "[::2]", "", "localhost:x", "0.0.0.0")],
-            431: [request("POST", "/liveEvent", *[f"X-{i}: x" for i in range(300)], body=EVENT),
-                  request("POST", "/liveEvent", "X: " + "x" * 70_000, body=EVENT),
-                  chunked(EVENT, end=b"0\r\n" + b"X: x\r\n" * 300 + b"\r\n"),
-                  request("POST", "/liveEvent", *[f"X-{i}: " + "x" * 8000 for i in range(20)], body=EVENT)],
-            505: [b"GET /health HTTP/2.0\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]}
-        for status, requests in bad.items():
-            for sent in requests:
-                self.assertStatus(server, status, sent)
-        self.assertEqual(server.log.read_bytes(), b"")
-        self.assertStatus(server, 200, request(body=EVENT))
-
-    def test_every_method_on_every_path(self):
-        server = Server(self)
-        allowed = {"/liveEvent": "POST, OPTIONS", "/health": "GET", "/userEvents/user1": "GET", "/other": None}
-        for path, methods in allowed.items():
-            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"):
-                if methods and method in methods.split(", "):
-                    continue
-                with server.connect() as wire:
-                    wire.sendall(request(method, path, body=b"" if method == "HEAD" else EVENT))
-                    status, headers, body = read_answer(wire, method)
-                self.assertEqual((status, headers["Allow"]), (405, methods) if methods else (404, None), (method, path))
-                self.assertEqual(bool(body), method != "HEAD")
-        status, headers, body = server.ask("OPTIONS", "/liveEvent")
-        self.assertEqual((status, headers["Allow"], headers["Accept-Post"], body),
-                         (204, "POST, OPTIONS", "application/json, application/x-ndjson", b""))
-        self.assertEqual(server.raw(request(body=EVENT, media="text/plain"))[1]["Accept-Post"], headers["Accept-Post"])
-        with server.connect() as wire:
-            wire.sendall(request("HEAD", "/health", "Connection: close"))
-            self.assertTrue(wire.makefile("rb").read().endswith(b"\r\n\r\n"))
-        self.assertEqual(server.log.read_bytes(), b"")
-
-    def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(self):
-        server = Server(self)
-        with server.connect() as wire:
-            wire.sendall(request(body=EVENT) * 2 + request("GET", "/health") + request("GET", "/other") + chunked(EVENT)
-                         + request("GET", "/health", "Connection: close") + request(body=EVENT))
-            answers = Answers(wire)
-            self.assertEqual([read_answer(answers)[0] for _ in range(6)], [200, 200, 200, 404, 200, 200])
-            self.assertEqual(answers.read(), b"")
-        self.assertEqual(len(names_in(server.log)), 3)
-        for last in (request("GET", "/health", "Connection: Close"), request("GET", "/health", version="1.0"),
-                     request("GET", "/health", "Connection: keep-alive", version="1.0")):
-            with server.connect() as wire:
-                wire.sendall(last + request(body=EVENT))
-                answers = Answers(wire)
-                self.assertEqual((read_answer(answers)[1]["Connection"], answers.read()), ("close", b""))
-        self.assertEqual(len(names_in(server.log)), 3)
-
-    def test_an_unread_body_is_never_taken_for_a_request(self):
-        server = Server(self)
-        smuggled = request(body=EVENT)
-        for method, path, media in (("POST", "/other", "application/json"), ("GET", "/health", None), ("PUT", "/liveEvent", None),
-                                    ("POST", "/liveEvent", "text/plain")):
-            with server.connect() as wire:
-                wire.sendall(request(method, path, body=smuggled, media=media) + smuggled)
-                _, headers, _ = read_answer(wire)
-                self.assertEqual(headers["Connection"], "close")
-                self.assertEqual(wire.recv(1), b"")
-        self.assertEqual(server.log.read_bytes(), b"")
-
-    def test_a_refusal_is_seen_although_a_large_body_is_on_its_way(self):
-        server = Server(self, EVENTS_AUTHORIZATION="secret")
-        body = b"x" * 3_000_000
-        for status, fields in ((401, []), (413, ["Authorization: secret"])):
-            for _ in range(5):
-                self.assertStatus(server, status, request("POST", "/liveEvent", *fields, body=body))
-            with server.connect() as wire:
-                head, _, _ = request("POST", "/liveEvent", *fields, body=body).partition(body)
-                wire.sendall(head)
-                select.select([wire], [], [], 20)  # the answer is there, and the sender does not look yet
-                for start in range(0, len(body), 100_000):
-                    wire.sendall(body[start:start + 100_000])
-                self.assertEqual(read_answer(wire)[0], status)
-
-    def test_a_body_is_asked_for_only_when_it_is_wanted(self):
-        server = Server(self)
-        expect = "Expect: 100-Continue"
-        for status, sent in ((415, request("POST", "/liveEvent", expect, "Content-Length: 5", media="text/plain")),
-                             (413, request("POST", "/liveEvent", expect, f"Content-Length: {2**20 + 1}")),
-                             (404, request("POST", "/x", expect, "Content-Length: 5")),
-                             (400, request("POST", "/liveEvent", expect, "Content-Length: 0")),
-                             (400, request("POST", "/liveEvent", expect, "Content-Length: 5", "Sequence: 1"))):
-            with server.connect() as wire:
-                wire.sendall(sent)
-                self.assertTrue(wire.recv(65536).startswith(b"HTTP/1.1 %d " % status))
-        with server.connect() as wire:
-            wire.sendall(request("POST", "/liveEvent", expect, f"Content-Length: {len(EVENT)}"))
-            self.assertEqual(wire.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
-            wire.sendall(EVENT)
-            self.assertEqual(read_answer(wire)[0], 200)
-        for unasked in (request(body=EVENT), request("POST", "/liveEvent", expect, body=EVENT, version="1.0")):
-            with server.connect() as wire:
-                wire.sendall(unasked)
-                self.assertTrue(wire.recv(65536).startswith(b"HTTP/1.1 200 "))
-
-    def test_access_with_a_secret(self):
-        for secret in ("secret", "Bearer s\u00e9cret"):
-            server = Server(self, "--host", "0.0.0.0", EVENTS_AUTHORIZATION=secret, log="log" + secrets.token_hex(4))
-            right = "Authorization: " + secret.encode().decode("latin-1")
-            for fields in ([], ["Authorization: "], ["Authorization: Secret"], ["Authorization: secrets"], [right + "x"]):
-                for method, path in (("POST", "/liveEvent"), ("GET", "/userEvents/user1"), ("OPTIONS", "/liveEvent"), ("GET", "/x")):
-                    headers, _ = self.assertStatus(server, 401, request(method, path, *fields, body=EVENT, host="example.com"))
-                    self.assertTrue(headers["WWW-Authenticate"])
-            self.assertEqual(server.log.read_bytes(), b"")
-            self.assertStatus(server, 200, request("GET", "/health", host="example.com"))
-            self.assertStatus(server, 404, request("GET", "/userEvents/user1", right, host="example.com"))
-            self.assertStatus(server, 200, request("POST", "/liveEvent", right, body=EVENT, host="example.com"))
-
-    def test_without_a_secret_the_server_listens_on_loopback_alone(self):
-        for secret in (None, ""):
-            for host in ("0.0.0.0", "::", ""):
-                _, errors = self.run_script("server.py", "--host", host, "--port", 0, status=1,
-                                            **({} if secret is None else {"EVENTS_AUTHORIZATION": secret}))
-                self.assertIn("EVENTS_AUTHORIZATION", errors)
-                self.assertEqual(errors.count("\n"), 1)
-        self.assertEqual(Server(self, EVENTS_AUTHORIZATION="").post(EVENT)[0], 200)
-
-    def test_a_port_in_use_and_an_unwritable_log_are_said_in_a_line(self):
-        server = Server(self)
-        for arguments, words in ((["--port", server.port], "Address already in use"),
-                                 (["--port", 0, "--log", self.directory / "none" / "log"], "No such file or directory"),
-                                 (["--port", 0, "--log", self.directory], "Is a directory")):
-            _, errors = self.run_script("server.py", *arguments, status=1)
-            self.assertIn(words, errors)
-            self.assertEqual(errors.count("\n"), 1)
-        self.run_script("server.py", "--workers", 0, status=2)
-
-    def test_a_request_as_node_streams_it(self):
-        server = Server(self, EVENTS_AUTHORIZATION="secret")
-        self.assertStatus(server, 200, b"POST /liveEvent HTTP/1.1\r\nContent-Type: application/json\r\nAuthorization: secret\r\n"
-                          b"Host: localhost:8000\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n",
-                          b"%x\r\n" % len(EVENT), EVENT, b"\r\n", b"0\r\n\r\n")
-        self.assertEqual(len(names_in(server.log)), 1)
-
-    def test_a_thousand_connections_at_once_are_served(self):
-        wires = []
-        with contextlib.ExitStack() as stack:
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # as macOS begins
-            server = Server(self, "--workers", "2")
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-            for worker in server.workers():
-                os.kill(worker, signal.SIGSTOP)
-            for number in range(1000):
-                if number == 100:  # these wait in the backlog
-                    for worker in server.workers():
-                        os.kill(worker, signal.SIGCONT)
-                wires.append(stack.enter_context(server.connect()))
-            for wire in wires:
-                wire.sendall(request(body=EVENT))
-            self.assertEqual({read_answer(wire)[0] for wire in wires}, {200})
-        self.assertEqual(len(set(names_in(server.log))), 1000)
-
-    def test_whatever_a_peer_does_or_not_its_connection_ends(self):
-        health, large = request("GET", "/health"), request("POST", "/liveEvent", f"Content-Length: {2**30}")
-        log = unittest.mock.Mock(failed=None, append=lambda lines, done: threading.Timer(0.1, done, [None]).start())
-        errors = io.StringIO()
-        for begins, goes_on, settings in (
-                (request(body=EVENT), b"", {"REQUEST_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}),  # idle
-                (health, b"", {"REQUEST_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}),
-                (health, 1000 * health, {"REQUEST_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}),  # reads no answer
-                (large, b"x" * 10_000, {"DRAIN_BYTES": 2**30, "DRAIN_SECONDS": 0.2}),  # has not heard of the refusal
-                (large, b"x" * 10_000, {"DRAIN_BYTES": 10**6, "DRAIN_SECONDS": 30})):
-            with contextlib.redirect_stderr(errors), serving(log, **settings) as worker, socket.socket() as wire:
-                wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                wire.connect(worker.server_address)
-                wire.sendall(begins)
-                wait_until(lambda: worker.deadlines, "the connection is accepted")
-                wire.setblocking(False)
-
-                def ended():
-                    with contextlib.suppress(OSError):
-                        wire.send(goes_on)
-                    return not worker.deadlines
-                wait_until(ended, f"the connection is given up, with {settings}")
-        self.assertEqual(errors.getvalue(), "")
-
-    def test_a_slow_disk_is_waited_for(self):
-        pending = []
-        log = unittest.mock.Mock(failed=None, append=lambda lines, done: pending.append(done))
-        with serving(log, REQUEST_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
-            with socket.create_connection(worker.server_address, timeout=20) as waiting:
-                waiting.sendall(request(body=EVENT))
-                wait_until(lambda: pending, "the event waits for the disk")
-                for _ in range(3):
-                    with socket.create_connection(worker.server_address, timeout=20) as idle:
-                        self.assertEqual(idle.recv(1), b"")
-                pending[0](None)
-                self.assertEqual(read_answer(waiting)[0], 200)
-
-    def test_what_is_wrong_with_the_server_has_its_status(self):
-        log = unittest.mock.Mock(failed=None)
-        for error, status in ((None, 200), (OSError(errno.ENOSPC, ""), 507), (OSError(errno.EDQUOT, ""), 507),
-                              (OSError(errno.EFBIG, ""), 507), (OSError(errno.EIO, ""), 503), (MemoryError(), 503),
-                              (server_module.SyncFailed(errno.ENOSPC, ""), 503)):
-            log.append = lambda lines, done: done(error)
-            with serving(log, DRAIN_SECONDS=2) as worker, socket.create_connection(worker.server_address, timeout=20) as wire:
-                wire.sendall(request(body=EVENT))
-                self.assertEqual(read_answer(wire)[0], status, error)
-        with serving(log, DRAIN_SECONDS=2) as worker, socket.create_connection(worker.server_address, timeout=20) as wire:
-            worker.database.revenue = unittest.mock.Mock(side_effect=ZeroDivisionError)
-            with contextlib.redirect_stderr(io.StringIO()) as errors:
-                wire.sendall(request("GET", "/userEvents/user1"))
-                self.assertEqual(read_answer(wire)[0], 500)
-            self.assertIn("ZeroDivisionError", errors.getvalue())
-
-    def test_a_worker_takes_no_more_connections_than_it_may_hold(self):
-        with server_module.listen("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
-            worker = server_module.Worker(listener, None, None)
-            for _ in range(2):
-                stack.enter_context(socket.create_connection(listener.getsockname()))
-            with unittest.mock.patch.object(server_module, "MAX_CONNECTIONS", 1):
-                first, _ = worker.get_request()
-                self.assertRaises(BlockingIOError, worker.get_request)
-                worker.shutdown_request(first)
-                worker.shutdown_request(worker.get_request()[0])
-
-    def test_a_peer_that_vanishes_at_any_stage_leaves_no_trace(self):
-        server = Server(self)
-        whole = chunked(EVENT)
-        for end in range(0, len(whole), 3):
-            for linger in (b"\0" * 8, b"\1\0\0\0\0\0\0\0"):  # a plain close, and a reset
-                with server.connect() as wire:
-                    wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                    wire.sendall(whole[:end])
-        with server.connect() as wire:
-            wire.sendall(whole[:-1])
-            wire.shutdown(socket.SHUT_WR)
-            self.assertEqual(wire.recv(1), b"")
-        with server.connect() as wire:  # what came of this batch is a batch, too
-            wire.sendall(request("POST", "/liveEvent", f"Content-Length: {3 * len(EVENT)}", media="application/x-ndjson") + EVENT + b"\n")
-            wire.shutdown(socket.SHUT_WR)
-            self.assertEqual(wire.recv(1), b"")
-        self.assertEqual(server.log.read_bytes(), b"")
-        self.assertStatus(server, 200, whole)
-
-    def test_a_slow_request_and_an_idle_connection_are_cut_off(self):
-        script = ["-c", "import sys, server; server.REQUEST_SECONDS = 1; server.DRAIN_SECONDS = 1; "
-                        "sys.path[0] = ''; sys.exit(server.main())"]
-        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-            server = Server(self, script=script)
-        with server.connect() as idle, server.connect() as slow, server.connect() as deaf:
-            deaf.sendall(request("POST", "/liveEvent", f"Content-Length: {2**20 + 1}"))
-            for byte in request(body=EVENT)[:-1]:
-                slow.sendall(bytes([byte]))
-                if select.select([slow], [], [], 0.05)[0]:
-                    break
-            self.assertEqual(read_answer(slow)[0], 408)
-            self.assertEqual(idle.recv(1), b"")
-            read_answer(deaf)
-            self.assertEqual(deaf.recv(1), b"")
-
-    def test_no_two_logs_begin_alike(self):
-        for name in ("one", "two"):
-            self.assertEqual(Server(self, log=name).post(EVENT, Producer_Id="p", Sequence=1)[0], 200)
-        self.assertNotEqual(self.path("one").read_bytes(), self.path("two").read_bytes())
-
-    def test_batches(self):
-        server = Server(self)
-        lines = [EVENT, b"", b"{", EVENT + b"\r", b" \t\r", EVENT.replace(b"1}", b"NaN}")]
-        for producer in ({}, {"Producer_Id": "p", "Sequence": 2**53 - 6}):
-            status, answer = server.post(b"\n".join(lines), "application/x-ndjson", **producer)
-            self.assertEqual((status, answer["message"], answer["accepted"]), (200, "Events received", 2))
-            self.assertEqual([entry["line"] for entry in answer["rejected"]], [3, 6])
-        self.assertEqual([sequence for _, sequence in names_in(server.log)][2:], [2**53 - 6, 2**53 - 3])
-        self.assertEqual(server.post(EVENT + b"\n" + EVENT, "application/x-ndjson", Producer_Id="p", Sequence=2**53 - 1)[0], 400)
-        self.assertEqual(server.post(b"", "application/x-ndjson")[1]["accepted"], 0)
-        self.assertEqual(server.post((EVENT + b"\n") * 10_000, "application/x-ndjson")[1]["accepted"], 10_000)
-        for _ in range(10):  # whichever worker takes it
-            server.post(b"\n".join(lines), "application/x-ndjson")
-            server.post(EVENT)
-        names = names_in(server.log)[2:]
-        self.assertEqual(len(set(names)), len(names))
-
-    def test_the_log_holds_the_text_as_received_with_the_stamp_behind_it(self):
-        server = Server(self)
-        text = '{"userId":"\u2028\u0085\\u00e9",\r\n "extra": [1.50, {}],"name" :"add_revenue","value":1.50}'.encode()
-        server.post(b"\n" + text + b" \r\n", Producer_Id="p", Sequence=7)
+        follower, wait_for_revenue = self.follow("server-events.jsonl")
         server.post(EVENT)
-        first, second = server.log.read_bytes().split(b"\n")[:-1]
-        self.assertRegex(first, re.escape(b" " + text.replace(b"\r\n", b"  ")[:-1])
-                         + rb', "log": "[0-9a-f]{32}", "producerId": "p", "sequence": 7}')
-        self.assertRegex(second, re.escape(EVENT[:-1]) + rb', "producerId": "[A-Za-z0-9_-]{22}", "sequence": 1}')
+        wait_for_revenue(1, "the first event was applied")
+        server.post(EVENT)
+        server.log.rename(self.path("renamed"))
+        server.post(EVENT)
+        wait_for_revenue(3, "both logs were read")
+        follower.send_signal(signal.SIGSTOP)
+        for number in (1, 2):  # two rotations while nobody looks
+            server.log.rename(self.path(f"server-events.jsonl.{number}"))
+            server.post(EVENT)
+        follower.send_signal(signal.SIGCONT)
+        wait_for_revenue(5, "all logs were read")
+        server.log.rename(self.path("server-events.jsonl.3"))  # and no log is begun in its place
+        for total in (6, 7):
+            with open(self.path("server-events.jsonl.3"), "a") as log:
+                log.write(with_id("p", total))
+            wait_for_revenue(total, "the renamed log is read once more")
+        self.assertStops(follower)
 
-
-def nested(depth):
-    """Return an event that is nested so many levels deep."""
-    return EVENT[:-1] + b', "x": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
-
-
-def valued(value):
-    """Return an event with a value as it is written."""
-    return b'{"userId": "user1", "name": "add_revenue", "value": %b}' % value.encode()
-
-
-def users(user):
-    """Return an event with a userId as it is written."""
-    return b'{"userId": %b, "name": "add_revenue", "value": 1}' % (user if isinstance(user, bytes) else user.encode())
-
-
-def padded(size):
-    """Return an event of so many bytes."""
-    return EVENT[:-1] + b', "pad": "' + b"x" * (size - len(EVENT) - 11) + b'"}'
-
-
-EXTRA = EVENT[:-1] + b', "x": %b}'
-VALID_EVENTS = [
-    EVENT, b" \t" + EVENT + b" \t", EVENT.replace(b" ", b""), padded(65536), EVENT + b" " * (65536 - len(EVENT)), nested(100),
-    *map(valued, ["0", "-0", "0.0", "-0.00", "1e17", "1E+17", "-999999999999999999", "999999999999999999", "0E17",
-                  "999999999999999999." + "9" * 18, "0." + "0" * 17 + "1", "1e-18", "0e-18", "0." + "0" * 18, "1.5e3"]),
-    *map(users, ['"x"', '"' + "x" * 255 + '"', '"' + "\U0001f600" * 255 + '"', '"\\ud83d\\ude00"', '"\\u00e9"', '"\u00e9"',
-                 '"\u2028\u0085\x7f"', '"{}[],:\\"\\\\"', '"\ufeff"', '"\\n"', '" "']),
-    EXTRA % b"NULL".lower(), EXTRA % b'"\\ud800"', EXTRA % b"1e400", EXTRA % b"[1, {\"a\": null}]", EXTRA % b'"[[[{{{"',
-    EVENT[:-1] + b', "name": "subtract_revenue", "value": 3}', b'{"userId": 5, ' + EVENT[1:], EVENT[:-1] + b', "Sequence": 1}',
-    b'{"value": {"value": [1]}, ' + EVENT[1:], EVENT.replace(b"value", b"val\\u0075e"), EXTRA % (b"9" * 4000)]
-INVALID_EVENTS = [
-    b"nonsense", b"{", b"[]", b"1", b"null", b'"x"', b"{}", EVENT + b",", EVENT + EVENT, b"[" + EVENT + b"]", EVENT[:-1], EVENT[1:],
-    EVENT[:-1] + b",}", b"\xef\xbb\xbf" + EVENT, EVENT.decode().encode("utf-16"), EVENT.decode().encode("utf-16-le"),
-    b"\0" + EVENT, EVENT + b"\0", EVENT.replace(b"user1", b"us\xffer"), EVENT.replace(b"user1", b"\xed\xa0\x80"),
-    EVENT.replace(b"user1", b"us\rer"), EVENT.replace(b"user1", b"us\ter"), EVENT.replace(b'"', b"'"), b"\xc2\x85" + EVENT,
-    EVENT.replace(b" ", b"\xc2\xa0"), padded(65537), EVENT + b" " * (65537 - len(EVENT)), nested(101), nested(900), nested(100_000),
-    EVENT[:-1] + b', "x": ' + b"[" * 20_000 + b"}", EVENT[:-1] + b', "x": ' + b"[" * 101 + b'"' + b'\\"' * 32_000, EVENT[:-1] + b', "x": ' + b"[" * 990 + b"]" * 990 + b', "x": 1}',
-    *map(valued, ["1000000000000000000", "-1000000000000000000", "1e18", "0e18", "1e-19", "0e-19", "0." + "0" * 19,
-                  "0." + "0" * 18 + "1", "true", "null", '"1"', "[1]", "{}", "NaN", "Infinity", "-Infinity", "01", "+1", "1.", ".5",
-                  "1e", "0x1", "1_0", "\u0661", "9" * 5000, "1." + "0" * 5000, "1e9999999999999999999", "0E-20000", "1E+500000",
-                  "-1e9999999999999999999"]),
-    *map(users, ['""', '"' + "x" * 256 + '"', '"' + "\u00e9" * 256 + '"', '"\\u0000"', '"\\ud800"', '"a\\udc00"', "1", "null", "[]",
-                 "true", '"\\x41"', '"a']),
-    EXTRA % b"NaN", EXTRA % b"Infinity", EXTRA % (b"9" * 5000), EXTRA % b"1e9999999999999999999", EXTRA % b"1 2",
-    EVENT.replace(b"add_revenue", b"add"), EVENT.replace(b'"add_revenue"', b"[]"), EVENT.replace(b'"add_revenue"', b"null"),
-    EVENT.replace(b"add_revenue", b"Add_revenue"), EVENT[:-1] + b', "value": "1"}', EVENT.replace(b"userId", b"userid"),
-    EVENT[:-1] + b', "sequence": 1}', EVENT[:-1] + b', "producer\\u0049d": "p"}', EVENT[:-1] + b', "producerId": null}']
-RESERVED = [EVENT[:-1] + b', "producerId": "p", "sequence": 1}', EVENT[:-1] + b', "log": 1}']  # a log may hold these
-
-
-class Events(SystemTest):
-    """What an event is: the server and the processor agree."""
-
-    def test_server_and_processor_agree_on_every_event(self):
+    def test_follow_reads_through_a_lost_connection(self):
         server = Server(self)
-        for events, status in ((VALID_EVENTS, 200), (INVALID_EVENTS + RESERVED, 400)):
-            for event in events:
-                self.assertEqual(server.post(event)[0], status, event[:200])
-        logged = self.processor()[0]
-        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, 0 rejected", logged)
-        expected = query("SELECT user_id, revenue FROM users_revenue ORDER BY user_id")
-        query("TRUNCATE users_revenue, event_producers, event_logs")
+        follower, wait_for_revenue = self.follow("server-events.jsonl")
+        server.post(EVENT)
+        wait_for_revenue(1, "the first event was applied")
+        server.log.rename(self.path("renamed"))
+        server.post(EVENT)
+        wait_for_revenue(2, "both logs were read")
+        terminate_backends()
+        server.post(EVENT)
+        wait_for_revenue(3, "the connection was made again")
+        self.assertStops(follower)
 
-        mixed = VALID_EVENTS + INVALID_EVENTS
-        random.Random(1).shuffle(mixed)
-        wrong = [number for number, event in enumerate(mixed) if event in INVALID_EVENTS]
-        accepted, rejected = 0, []
-        for first in range(0, len(mixed), 8):
-            _, answer = server.post(b"\n".join(mixed[first:first + 8]), "application/x-ndjson")
-            accepted += answer["accepted"]
-            rejected += [first + entry["line"] - 1 for entry in answer["rejected"]]
-        self.assertEqual((accepted, rejected), (len(VALID_EVENTS), wrong))
-
-        log = self.path("plain", b"\n".join(mixed) + b"\n")
-        output, errors = self.processor(log, status=1)
-        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, {len(wrong)} rejected", output)
-        starts = [sum(len(event) + 1 for event in mixed[:number]) for number in wrong]
-        self.assertEqual([int(line.split(": ")[1].removeprefix("byte ")) for line in errors.splitlines()], starts)
-        self.assertEqual(query("SELECT user_id, revenue FROM users_revenue ORDER BY user_id"), expected)
-
-    def test_a_name_in_a_log_is_a_producer_and_a_sequence(self):
-        stamp = EVENT[:-1] + b', "producerId": %b, "sequence": %b}\n'
-        valid = [stamp % name for name in ((b'"p"', b"1"), (b'"p"', b"9007199254740991"), (b'"' + b"p" * 64 + b'"', b"1"))]
-        invalid = [stamp % name for name in ((b'"p"', b"0"), (b'"p"', b"9007199254740992"), (b'"p"', b"-1"), (b'"p"', b"1.0"),
-                                             (b'"p"', b'"1"'), (b'"p"', b"true"), (b'"p"', b"null"), (b"null", b"1"), (b'""', b"1"),
-                                             (b'"' + b"p" * 65 + b'"', b"1"), (b'"p.p"', b"1"), (b'"\\u0000"', b"1"), (b"[]", b"1"))]
-        invalid += [EVENT[:-1] + b', "sequence": 3}\n', EVENT[:-1] + b', "producerId": "p"}\n']
-        invalid.insert(0, EVENT[:-1] + b', "producerId": ""}\n')
-        for sequence in (b"2", b"2.0", b"9007199254740991", b"9007199254740992"):  # what would continue a run
-            (valid if sequence in (b"2", b"9007199254740991") else invalid).append(stamp % (b'"q"', sequence))
-        output, _ = self.processor(self.path("log", b"".join(invalid + valid)), status=1)
-        self.assertIn(f"{len(valid)} applied, 0 repeated, {len(invalid)} rejected", output)
-
-    def test_no_line_is_decoded_otherwise_for_its_neighbours(self):
-        split = [b'{"a":1},{"b":2\n"c":3}', b'{"a":"x}\n{","b":1}', b'{"a":1\n"b":2}', b'{"a":"x}\n{","b":1}\n{"a":1},{"b":2}',
-                 b'5,{"a":"x}\n{","b":1}', b'{"a":"x}\n{","b":1},5']
-        for event in VALID_EVENTS + INVALID_EVENTS + RESERVED + split:
-            for block in (event, EVENT + b"\n" + event, event + b"\n" + EVENT):
-                lines = [data_processor._decode_or_error(line) for line in block.split(b"\n")]
-                self.assertEqual(repr(data_processor.decode_lines(block + b"\n")), repr(lines), block[:200])
-
-    def test_what_would_continue_a_run_is_a_name_all_the_same(self):
-        lines = [named("q", sequence) for sequence in (2, "3.0", 2**53 - 1, 2**53)]
-        self.assertIn("2 applied, 0 repeated, 2 rejected", self.processor(self.path("log", "".join(lines)), status=1)[0])
-        self.processor(self.path("alternating", "".join(map(named, "rssr", (1, 2, 3, 4)))))
-        nameless = EVENT.decode() + "\n"
-        mixed = self.path("mixed", nameless + named("t", 1) + nameless + nameless + named("t", 1) + nameless)
-        self.assertIn("5 applied, 1 repeated, 0 rejected", self.processor(mixed)[0])
-        self.assertEqual(query("SELECT applied::text FROM event_producers WHERE producer_id IN ('r', 's') ORDER BY producer_id"),
-                         [("{[1,2),[4,5)}",), ("{[2,4)}",)])
-
-    def test_decoding_a_block_at_once_is_decoding_it_line_by_line(self):
-        chance = random.Random(TORTURE_SEED)
-        self.addCleanup(print, f"[seed {TORTURE_SEED}]", end=" ", file=sys.stderr)
-        pieces = [b"{", b"}", b'"', b"\\", b",", b":", b"[", b"]", b"{}", b'"a"', b'"a":1', b'{"a":1}', b"}\n{", b"\n", b" ", b"\r",
-                  b"1", b"5,", b'{"a":"}', b'{":1}', b'"},{"', b"\xc3\xa9", b"\xff", b"x" * 33_000]
-        flat = 0
-        for _ in range(20_000):
-            lines = [chance.choice([b'{"a":1}', EVENT, b'{"b":"x"}', b'{"c":2,"c":3}']) for _ in range(chance.randrange(1, 5))]
-            block = bytearray(b"\n".join(lines) + b"\n")
-            for _ in range(chance.choice([0, 1, 1, 2, 3])):
-                at = chance.randrange(len(block))
-                block[at:at + chance.choice([0, 0, 1, 2])] = chance.choice(pieces)
-            block = bytes(block).removesuffix(b"\n") + b"\n"
-            one_by_one = [data_processor._decode_or_error(line) for line in block[:-1].split(b"\n")]
-            with unittest.mock.patch.object(data_processor, "_decode_or_error", side_effect=AssertionError("line by line")):
-                try:
-                    at_once = data_processor.decode_lines(block)
-                except AssertionError:
-                    continue
-            flat += 1
-            self.assertEqual(at_once, one_by_one, block)
-        self.assertGreater(flat, 3000)
-
-
-def append(log, line):
-    """Append a line to a server's log, or raise what kept it from being durable."""
-    outcome = []
-    log.append(line, outcome.append)
-    if outcome != [None]:
-        raise outcome[0]
-
-
-def run_in_child(action):
-    """Run action in a forked process and return its wait status: a kill there is a kill."""
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            action()
-            status = 0
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-class FaultySystem:
-    """The os or fcntl module with one call, counted over all of them, that goes wrong in a chosen way."""
-
-    CALLS = ("open", "fstat", "stat", "pread", "write", "ftruncate", "fdatasync", "fsync", "flock", "close")
-    FAULTS = ("EIO", "ENOSPC", "EIO for good", "short", "short, then ENOSPC", "killed before", "killed after")
-
-    def __init__(self, module, state, log):
-        self._module, self._state, self._log = module, state, log
-
-    def __getattr__(self, name):
-        real = getattr(self._module, name)
-        return (lambda *arguments, **options: self._call(name, real, *arguments, **options)) if name in self.CALLS else real
-
-    def _call(self, name, real, *arguments, **options):
-        state = self._state
-        state["count"] += 1
-        if name == "flock":
-            state["locked"] = arguments[1] == fcntl.LOCK_EX
-        elif name in ("write", "ftruncate") and not state.get("locked"):
-            raise AssertionError(f"{name} without the lock")
-        fault = state["fault"]
-        due = state["count"] == state["at"] or state["count"] > state["at"] and fault == "EIO for good"
-        if state["short"] and name == "write":
-            state["short"] = False
-            raise OSError(errno.ENOSPC, "no space")
-        if due:
-            state["fired"] = name
-            if fault == "killed before":
-                os._exit(9)
-            if fault.startswith("short") and name == "write":
-                state["short"] = fault != "short"
-                return real(arguments[0], bytes(arguments[1])[:len(arguments[1]) // 2])
-            if fault.startswith("short"):
-                state["fired"] = None  # nothing here that could be short
-            elif fault != "killed after":
-                raise OSError(errno.ENOSPC if fault == "ENOSPC" else errno.EIO, fault)
-        result = real(*arguments, **options)
-        if name == "fdatasync":
-            state["synced"] = self._log.read_bytes()
-        if name in ("open", "fsync") and arguments[1:] != (os.O_RDONLY,):
-            state["named"] = name == "fsync"  # the directory is synced after the log was opened
-        if due and fault == "killed after":
-            os._exit(9)
-        return result
-
-
-class Faults(SystemTest):
-    """Every step fails once."""
-
-    def append_with_fault(self, log_path, fault, at):
-        """Append three events in a child, one system call of which goes wrong; return (exit status, what happened)."""
-        report = self.path("report", b"")
-
-        def child():
-            state = {"count": 0, "at": at, "fault": fault, "fired": None, "short": False, "synced": b"", "named": False}
-            with (unittest.mock.patch.object(server_module, "os", FaultySystem(os, state, log_path)),
-                  unittest.mock.patch.object(server_module, "fcntl", FaultySystem(fcntl, state, log_path)),
-                  silence(), open(report, "ab", buffering=0) as out):
-                try:
-                    log = server_module.Log(str(log_path))
-                except OSError:
-                    log = None
-                for sequence in range(1, 4) if log else ():
-                    if sequence == 3:  # a rotation in between
-                        log_path.rename(self.path("rotated"))
-                    line = named("p", sequence).encode()
-                    try:
-                        append(log, line)
-                    except OSError:
-                        continue
-                    # "log" may have been put into the line
-                    if line[-20:] not in state["synced"] or not state["named"]:
-                        out.write(b"acknowledged before the sync\n")
-                    out.write(b"acknowledged %d\n" % sequence)
-                out.write(b"fired %s\n" % str(state["fired"]).encode())
-        status = run_in_child(child)
-        return status, report.read_text()
-
-    def test_every_step_of_an_append(self):
-        fired = collections.Counter()
-        for fault in FaultySystem.FAULTS:
-            for at in range(1, 200):
-                for name in ("log", "rotated"):
-                    self.path(name).unlink(missing_ok=True)
-                whole = named("earlier", 1).encode()
-                log = self.path("log", whole + b'{"torn')
-                status, report = self.append_with_fault(log, fault, at)
-                self.assertIn(status, (0, 9))
-                self.assertNotIn("before the sync", report)
-                server_module_log = server_module.Log(str(log))  # the restart
-                with silence():
-                    append(server_module_log, named("later", 1).encode())
-                os.close(server_module_log._fd)
-                logs = [path for path in (self.path("rotated"), log) if path.exists()]
-                names = names_in(*logs)  # fails on a glued line
-                self.assertEqual(len(names), len(set(names)))
-                acknowledged = {("p", int(n)) for n in re.findall(r"acknowledged (\d)", report)}
-                self.assertLessEqual(acknowledged | {("earlier", 1), ("later", 1)}, set(names), (fault, at, report))
-                self.assertLessEqual(set(names), {("earlier", 1), ("later", 1), ("p", 1), ("p", 2), ("p", 3)})
-                if status == 0 and "fired None" in report:
-                    if fault.startswith("short"):
-                        if at < 60:
-                            continue
-                    self.assertEqual(len(acknowledged), 3)
-                    break
-                fired[fault] += 1
-            else:
-                self.fail("the run never completed untouched")
-        self.assertGreater(min(fired[fault] for fault in FaultySystem.FAULTS if not fault.startswith("short")), 20)
-        self.assertGreaterEqual(min(fired.values()), 3)
-
-    def test_an_event_that_comes_at_any_step_of_another_is_logged_and_answered(self):
-        first, second = named("p", 1).encode(), named("p", 2).encode()
-
-        class Interrupted(FaultySystem):
-            def _call(self, name, real, *arguments, **options):
-                self._state["count"] += 1
-                if self._state["count"] == at:
-                    others.append(threading.Thread(target=log.append, args=[second, outcomes.append]))
-                    others[0].start()
-                    wait_until(lambda: second in [lines for lines, _ in log._group], "the other has joined a group")
-                return real(*arguments, **options)
-        for at in itertools.count(1):
-            path, state, outcomes, others = self.path(f"log{at}"), {"count": 0}, [], []
-            log = server_module.Log(str(path))
-            with unittest.mock.patch.multiple(server_module, os=Interrupted(os, state, path), fcntl=Interrupted(fcntl, state, path)):
-                log.append(first, outcomes.append)
-                for other in others:
-                    other.join(20)
-            os.close(log._fd)
-            if not others:
-                break
-            self.assertEqual((outcomes, names_in(path)), ([None, None], [("p", 1), ("p", 2)]), at)
-        self.assertGreater(at, 5)
-
-    def test_whoever_comes_during_a_sync_shares_the_next_one(self):
-        log, goes_on, syncs, done = server_module.Log(str(self.path("log"))), threading.Event(), [], []
-        threads = [threading.Thread(target=log.append, args=[named("p", n).encode(), done.append]) for n in range(10)]
-        with unittest.mock.patch.object(server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20)):
-            threads[0].start()
-            wait_until(lambda: syncs, "the first is syncing")
-            for thread in threads[1:]:
-                thread.start()
-            wait_until(lambda: sum(thread.is_alive() for thread in threads) == 2, "one of the others stays to sync for all")
-            goes_on.set()
-            for thread in threads:
-                thread.join()
-        os.close(log._fd)
-        self.assertEqual((len(syncs), done), (2, [None] * 10))
-
-    def test_a_failed_sync_of_the_directory_is_final_too(self):
-        path = self.path("log")
-        log = server_module.Log(str(path))
-        path.rename(self.path("rotated"))
-        with unittest.mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "Input/output error")):
-            self.assertRaises(server_module.SyncFailed, append, log, named("p", 1).encode())
-        self.assertRaises(server_module.SyncFailed, append, log, named("p", 1).encode())
-        os.close(log._fd)
-
-    def test_an_answer_that_is_not_read_yet_is_sent_by_a_thread_of_its_own(self):
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.settimeout(20)
-            handler = server_module.Handler.__new__(server_module.Handler)
-            handler.connection, handler.answered = ours, threading.Event()
-            handler.send_without_waiting(b"x" * 10**7)
-            self.assertFalse(handler.answered.is_set())
-            with theirs.makefile("rb") as answer:
-                self.assertEqual(len(answer.read(10**7)), 10**7)
-            self.assertTrue(handler.answered.wait(20))
-
-    def test_every_step_of_a_chunk(self):
-        """Raise at each statement, at COMMIT, and just after it; break the connection, or end the run."""
-        logs = [self.path("one", "".join(named("p", n, f"user{n % 3}") for n in (1, 2, 3, 2, 8)) + f"bad\n{EVENT.decode()}\n"),
-                self.path("two", "".join(named("p", n, f"user{n % 3}") for n in (3, 4, 8)) + named("q", 1))]
-        expected = {"user0": 1, "user1": 4, "user2": 2}
-
-        class Faulty(psycopg2.extensions.connection):
-            steps = fail_at = 0
-            broken = None
-
-            def step(self):
-                Faulty.steps += 1
-                if Faulty.steps == Faulty.fail_at:
-                    if Faulty.broken is psycopg2.OperationalError:
-                        self.close()
-                    raise Faulty.broken("injected")
-
-            def cursor(self, *arguments, **options):
-                return super().cursor(*arguments, cursor_factory=Cursor, **options)
-
-            def __exit__(self, kind, error, trace):
-                if kind is None:
-                    try:
-                        self.step()  # at COMMIT
-                    except BaseException:
-                        if not self.closed:
-                            self.rollback()
-                        raise
-                super().__exit__(kind, error, trace)
-                if kind is None:
-                    self.step()  # COMMIT was done, and nobody knows
-
-        class Cursor(psycopg2.extensions.cursor):
-            def execute(self, *arguments):
-                self.connection.step()
-                super().execute(*arguments)
-                self.connection.step()
-
-        def run():
-            processor = data_processor.Processor()
-            try:
-                processor.run_once(list(map(str, logs)))
-                return True
-            except (data_processor.Failure, SystemExit):
-                return False
-            finally:
-                for log in processor.logs.values():
-                    log.file.close()
-                if processor.connection:
-                    processor.connection.close()
-
-        connect, sleep = data_processor.connect, unittest.mock.patch.object(data_processor.time, "sleep")
-        patched = unittest.mock.patch.object(data_processor, "connect", lambda **options: connect(**options,
-                                                                                                  connection_factory=Faulty))
-        with sleep, patched, silence():
-            for Faulty.broken in (psycopg2.OperationalError, psycopg2.errors.DeadlockDetected, SystemExit):
-                survived = 0
-                for Faulty.fail_at in range(1, 1000):
-                    query("TRUNCATE users_revenue, event_producers, event_logs")
-                    Faulty.steps = 0
-                    errors = io.StringIO()
-                    with contextlib.redirect_stderr(errors):
-                        complete = run()
-                    survived += complete
-                    if Faulty.steps < Faulty.fail_at:
-                        break
-                    Faulty.fail_at = 0
-                    with contextlib.redirect_stderr(errors):
-                        self.assertTrue(run())
-                    self.assertRevenue(expected)
-                    self.assertIn("not JSON", errors.getvalue(), "a bad line is reported at least once")
-                self.assertGreater(Faulty.fail_at, 40)
-                self.assertRevenue(expected)
-                self.assertEqual(survived > 20, Faulty.broken is not SystemExit)
-
-    TAILS = [b"\0" * 10, b"\0" * 10 + b"\n", b"\n", b"\n\n\n", b"\xe2\x82", b"\xe2\x82\n", b'{"userId": "user1", "na', EVENT,
-             named("p", 9).encode()[:-1], b"}" * 5 + b"\n", b"\r", b"\r\n", b" ", b'"\n', b"x" * 300_000, b"x" * 300_000 + b"\n",
-             b"{" * 1000, b"\xff\xfe\n", named("p", 9).encode()[:-1] * 2]
-
-    def test_every_byte_of_a_tail_and_garbage_in_a_dozen_shapes(self):
-        lines = [named("p", n, f"user{n}").encode() for n in range(1, 6)]
-        content = b"".join(lines)
-        shapes = [content[:end] for end in range(len(b"".join(lines[:2])), len(content) + 1)]
-        shapes += [content + tail for tail in self.TAILS]
-        self.assertGreater(len(shapes), 250)
-        processor = data_processor.Processor()
-        with silence():
-            for shape in shapes:
-                query("TRUNCATE users_revenue, event_producers, event_logs")
-                whole = [line for line in lines if shape.startswith(content[:content.index(line)] + line)]
-                path = self.path("log", shape)
-                expected = {f"user{n}": 1 for n in range(1, len(whole) + 1)}
-                for log in processor.logs.values():
-                    log.file.close()
-                processor.logs.clear()
-                processor.run_once([str(path)])
-                self.assertRevenue(expected)
-                log = server_module.Log(str(path))
-                append(log, named("new", 1, "new").encode())
-                os.close(log._fd)
-                self.assertEqual(path.read_bytes(), shape[:shape.rindex(b"\n") + 1] + named("new", 1, "new").encode())
-                processor.run_once([str(path)])
-                self.assertRevenue(expected | {"new": 1})
-        for log in processor.logs.values():
-            log.file.close()
-        processor.connection.close()
-
-    def test_no_line_is_taken_while_a_server_may_take_it_back(self):
-        log = self.path("log", named("p", 1))
-        with open(log, "ab") as server:
-            fcntl.flock(server, fcntl.LOCK_EX)
-            server.write(named("p", 2).encode())
-            server.flush()
-            processor = self.start("data_processor.py", log)
-            with self.assertRaises(subprocess.TimeoutExpired):
-                processor.wait(1)
-            server.truncate(len(named("p", 1)))
-        self.assertEqual(processor.wait(20), 0)
-        self.assertRevenue({"user1": 1})
-
-    def test_a_log_that_is_rotated_while_it_is_opened_anew_is_followed(self):
-        path = self.path("log")
-        log = server_module.Log(str(path))
-        path.write_text("unfinish")  # by another worker, killed then
-        path.rename(self.path("first"))
-        reopen = log._open
-
-        def open_and_rotate():
-            fd = reopen()
-            if not self.path("second").exists():
-                path.rename(self.path("second"))
-            return fd
-        with unittest.mock.patch.object(log, "_open", open_and_rotate), silence():
-            append(log, named("p", 1).encode())
-        os.close(log._fd)
-        self.assertEqual([self.path(name).stat().st_size for name in ("first", "second")], [0, 0])
-        self.assertEqual(names_in(path), [("p", 1)])
-
-    def test_what_a_power_cut_must_not_take_is_synced_in_order(self):
-        steps = []
-
-        def trace(name, real):
-            return lambda *arguments: (steps.append(name), real(*arguments))[1]
-
-        def fsync(fd):
-            directory = stat.S_ISDIR(os.fstat(fd).st_mode)
-            self.assertTrue(not directory or os.path.samestat(os.fstat(fd), os.stat(self.directory)))
-            steps.append("sync directory" if directory else "sync file")
-        elsewhere = tempfile.mkdtemp(dir=self.directory)
-        os.symlink(self.path("log"), f"{elsewhere}/link")
-        with unittest.mock.patch.object(os, "fsync", fsync):
-            for path in (f"{elsewhere}/link", self.path("log")):
-                os.close(server_module.Log(str(path))._fd)
-        self.assertEqual(steps, 2 * ["sync directory"])
-        steps.clear()
-        answer = trace("request", lambda *_: (200, {}, b'{"accepted": 0, "rejected": [{"line": 1, "error": "wrong"}]}'))
-        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
-        with (Recorder(options=[(204, {"Accept-Post": "application/x-ndjson"}, b"")], post=answer) as server, silence(),
-              unittest.mock.patch.multiple(os, fsync=fsync, replace=trace("rename", os.replace), unlink=trace("unlink", os.unlink))):
-            self.assertEqual(client_module.main([str(self.path("events.jsonl", EVENT)), "--url", server.url]), 1)
-        publish = ["sync file", "rename", "sync directory"]
-        self.assertEqual(steps, [*publish, "request", *publish, "unlink", "sync directory"])
-
-    def test_a_full_disk_is_answered_with_507_and_service_returns_with_space(self):
-        disk = self.path("disk")
-        disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode == 0
-        if mounted:
-            self.addCleanup(subprocess.run, ["umount", "--lazy", disk])
-        server = Server(self, log="disk/log")
-        if not mounted:
-            for worker in server.workers():
-                resource.prlimit(worker, resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
-        acknowledged, statuses = set(), collections.Counter()
-        batch = b"".join(valued("1")[:-1] + b', "pad": "' + b"x" * 1000 + b'"}\n' for _ in range(10))
-        for sequence in range(1, 200, 10):
-            status, _ = server.post(batch, "application/x-ndjson", Producer_Id="p", Sequence=sequence)
-            statuses[status] += 1
-            if status == 200:
-                acknowledged |= {("p", n) for n in range(sequence, sequence + 10)}
-        self.assertEqual(set(statuses), {200, 507})
-        self.assertEqual(set(names_in(server.log)), acknowledged)
-        self.assertEqual(server.ask("GET", "/health")[0], 200)
-        if mounted:
-            subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
-        else:
-            for worker in server.workers():
-                resource.prlimit(worker, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        self.assertEqual(server.post(batch, "application/x-ndjson", Producer_Id="p", Sequence=1001)[0], 200)
-        self.assertEqual(set(names_in(server.log)), acknowledged | {("p", n) for n in range(1001, 1011)})
-        self.assertEqual(server.errors.read_text(), "")
-
-    def test_every_answer_goes_out_in_order_however_slow_the_disk_and_when_the_server_stops(self):
-        script = ["-c", "import sys, time, server; real = server.sync_file\n"
-                        "server.sync_file = lambda fd: (time.sleep(0.5), real(fd)); server.STOP_SECONDS = 60; "
-                        "sys.path[0] = ''; sys.exit(server.main())"]
-        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-            server = Server(self, "--workers", "1", script=script)
-        with contextlib.ExitStack() as stack:
-            pipelined, closing = ([stack.enter_context(server.connect()) for _ in range(4)] for _ in range(2))
-            for wire in pipelined:  # some lead their group, the others' answers are sent by its leader
-                wire.sendall(request(body=EVENT) + request("GET", "/health"))
-            for wire in closing:
-                wire.sendall(request("POST", "/liveEvent", "Connection: close", body=EVENT))
-            for wire in pipelined:
-                answers = Answers(wire)
-                self.assertIn(b"received", read_answer(answers)[2])
-                self.assertIn(b"ok", read_answer(answers)[2])
-            for wire in closing:
-                self.assertEqual(read_answer(wire)[0], 200)
-        with server.connect(), server.connect() as waiting:  # an idle connection holds nothing up
-            size = server.log.stat().st_size
-            waiting.sendall(request(body=EVENT))
-            wait_until(lambda: server.log.stat().st_size > size, "the event is written, and being synced")
-            worker, = server.workers()
-            os.kill(worker, signal.SIGSTOP)
-            with contextlib.ExitStack() as stack:
-                late = [stack.enter_context(server.connect()) for _ in range(50)]  # accepted by the kernel alone
-                for wire in late:
-                    wire.sendall(request(body=EVENT))
-                for number in (signal.SIGTERM, signal.SIGINT):  # a terminal or systemd tells everyone
-                    os.kill(worker, number)
-                server.process.terminate()
-                os.kill(worker, signal.SIGCONT)
-                self.assertEqual({read_answer(wire)[0] for wire in (waiting, *late)}, {200})
-            self.assertEqual(server.process.wait(20), 0)
-
-    def test_a_failed_sync_is_no_acknowledgement_and_ends_the_server(self):
-        trigger = self.path("trigger")
-        script = ["-c", "import errno, os, sys, time, server; real = server.sync_file\n"
-                        "def sync(fd):\n"
-                        f"    if os.path.exists({str(trigger)!r}) and not failed:\n"
-                        "        failed.append(time.sleep(0.2))\n"
-                        "        raise OSError(errno.ENOSPC, 'No space left on device')\n"
-                        "    real(fd)\n"
-                        "failed = []; server.sync_file = sync; sys.path[0] = ''; sys.exit(server.main())"]
-        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-            server = Server(self, script=script)
-        self.assertEqual(server.post(EVENT)[0], 200)
-        trigger.touch()
-        wires = [server.connect() for _ in range(10)]
-        answers = []
-        for wire in wires:
-            wire.sendall(request(body=EVENT))
-        for wire in wires:
-            with wire, contextlib.suppress(ConnectionError):  # the server ends: some are not accepted any more
-                answers.append(read_answer(wire)[0])
-        self.assertEqual(set(answers), {503})
-        self.assertEqual(server.process.wait(10), 1)
-        self.assertIn("Move the log aside", server.errors.read_text())
-
-    def test_a_directory_that_cannot_be_synced_ends_the_server(self):
-        script = ["-c", "import os, sys, server\n"
-                        "def fail(fd):\n"
-                        "    raise OSError(5, 'Input/output error')\n"
-                        "os.fsync = fail; sys.path[0] = ''; sys.exit(server.main())"]
-        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-            server = Server(self, script=script)
-        self.assertEqual(server.process.wait(20), 1)
-        self.assertIn("Cannot write the log", server.errors.read_text())
-
-
-class Properties(SystemTest):
-    """Random events, batches, repetitions, orders, logs and processors."""
-
-    def test_totals_equal_the_oracle(self):
-        seed = TORTURE_SEED
-        self.addCleanup(print, f"[seed {seed}]", end=" ", file=sys.stderr)
-        for seed in range(seed, seed + 6):
-            chance = random.Random(seed)
-            query("TRUNCATE users_revenue, event_producers, event_logs")
-            totals, batches = collections.defaultdict(Decimal), []
-            with decimal.localcontext(decimal.Context(prec=80)):
-                for producer in range(chance.randrange(1, 6)):
-                    sequence = 1
-                    for _ in range(chance.randrange(1, 30)):
-                        lines = []
-                        for _ in range(chance.choice([1, 1, 2, 10, 100])):
-                            value = chance.choice([str(chance.randrange(-1000, 1000)), f"{chance.randrange(10**6)}.{chance.randrange(100):02}",
-                                                   f"{chance.randrange(10**18)}.{chance.randrange(10**18):018}", "1e3", "-2.5E-3"])
-                            user = f"user{chance.randrange(chance.choice([1, 10, 1000]))}"
-                            name = chance.choice(["add_revenue", "subtract_revenue"])
-                            totals[user] += Decimal(value) * (1 if name == "add_revenue" else -1)
-                            lines.append(f'{{"userId": "{user}", "name": "{name}", "value": {value}, '
-                                         f'"producerId": "p{producer}", "sequence": {sequence}}}\n')
-                            sequence += chance.choice([1, 1, 1, 1, 1, 7])
-                        batches.append(lines)
-            batches += [batch[chance.randrange(len(batch)):] for batch in chance.choices(batches, k=len(batches))]
-            chance.shuffle(batches)
-            logs = [self.path(f"log{seed}-{n}") for n in range(chance.randrange(1, 6))]
-            for log in logs:
-                log.write_text("")
-            for batch in batches:
-                with open(chance.choice(logs), "a") as log:
-                    log.write("".join(chance.choice([lambda b: b, lambda b: chance.sample(b, len(b))])(batch)))
-            with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):
-                small = ["-c", f"import sys, data_processor as d; d.CHUNK_BYTES = {chance.choice([1, 5000, 10**6])}; "
-                               f"d.BLOCK_BYTES = {chance.choice([200, 1000, 262144])}; sys.exit(d.main())"]
-                processors = [subprocess.Popen([sys.executable, *small, *chance.sample(logs, chance.randrange(1, len(logs) + 1))],
-                                               stdout=subprocess.DEVNULL) for _ in range(chance.randrange(1, 4))]
-            self.assertEqual({processor.wait(60) for processor in processors}, {0}, f"seed {seed}")
-            self.processor(*logs)
-            self.assertRevenue(totals)
-
-    def test_ranges_are_sets(self):
-        chance = random.Random(TORTURE_SEED)
-        for _ in range(300):
-            ranges, members = data_processor.Ranges(), set()
-            for _ in range(20):
-                low = chance.randrange(60)
-                high = low + chance.randrange(1, 12)
-                missing = [n for a, b in ranges.missing(low, high) for n in range(a, b)]
-                ranges.add(low, high)
-                self.assertEqual(missing, sorted(set(range(low, high)) - members))
-                members |= set(range(low, high))
-                pairs = list(zip(ranges.bounds[::2], ranges.bounds[1::2]))
-                self.assertEqual({n for a, b in pairs for n in range(a, b)}, members)
-                self.assertTrue(all(b < c for (_, b), (c, _) in zip(pairs, pairs[1:])), "neighbours are merged")
-
-
-class FaultyProxy:
-    """A TCP proxy that passes each connection on to one of some ports, and often cuts it: before or within the request,
-    before the answer, or after some bytes of it."""
-
-    def __init__(self, ports, seed):
-        self.ports, self._chance = ports, random.Random(seed)
-        self.cuts = 0
-        self.calm = False  # cut no more
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                wire, _ = self._listener.accept()
-            except OSError:
-                return
-            cut = None if self.calm else self._chance.choice([None, None, None, "request", "answer", "answer", "answer later"])
-            threading.Thread(target=self._pass, args=[wire, self._chance.choice(self.ports), cut, self._chance.randrange(1, 20_000)],
-                             daemon=True).start()
-
-    def _pass(self, wire, port, cut, budget):
-        with contextlib.suppress(OSError), wire, socket.create_connection(("127.0.0.1", port), timeout=20) as server:
-            limits = {wire: budget if cut == "request" else 10**9,
-                      server: {"answer": 0, "answer later": budget % 150}.get(cut, 10**9)}
-            while True:
-                for source in select.select([wire, server], [], [], 20)[0] or [None]:
-                    data = source and source.recv(65536)
-                    if not data:
-                        return
-                    part = data[:limits[source]]
-                    limits[source] -= len(data)
-                    (server if source is wire else wire).sendall(part)
-                    if limits[source] < 0:
-                        self.cuts += 1
-                        return
-
-    def close(self):
-        """Take no more connections."""
-        self._listener.close()
+    def test_follow_waits_for_what_is_not_there_yet(self):
+        follower = self.start("data_processor.py", "--follow", "new/log")
+        self.assertEqual(follower.stderr.readline(), "new: No such file or directory. Trying again in 1 s.\n")
+        self.path("new").mkdir()
+        self.assertEqual(follower.stderr.readline(), "new/log: is not there; waiting for it.\n")
+        self.path("new/log", EVENT + b"\n")
+        wait_until(lambda: query("SELECT revenue FROM users_revenue") == [(1,)], "the log is applied")
 
 
 class Audit(SystemTest):
     """data_processor.py --verify."""
 
-    def test_books_that_agree_books_that_differ_and_that_nothing_is_changed(self):
-        logs = [self.path("one", "".join(named("p", n, f"user{n % 3}", "0.10") for n in (1, 2, 3, 4)) + EVENT.decode() + "\n"),
-                self.path("two", named("p", 4, "user1", "0.10") + named("p", 5, "user9", -7) + "nonsense\n")]
-        _, errors = self.processor("--verify", *logs, status=1)
+    def logs(self):
+        """Return two logs with a repeated event, an event without an id, and a line that is no event."""
+        dimes = "".join(with_id("p", n, f"user{n % 3}", "0.10") for n in (1, 2, 3, 4))
+        return [self.path("one", dimes + EVENT.decode() + "\n"),
+                self.path("two", with_id("p", 4, "user1", "0.10") + with_id("p", 5, "user9", -7) + "nonsense\n")]
+
+    def test_verify_applies_nothing(self):
+        self.processor("--verify", *self.logs(), status=1)
         self.assertEqual(query("SELECT * FROM event_logs"), [])
+
+    def test_verify_finds_that_applied_logs_agree(self):
+        tables = "SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7"
+        logs = self.logs()
         self.processor(*logs, status=1)
-        copy = shutil.copy(logs[0], self.path("copy"))
-        before = query("SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7")
-        self.path("copy").write_bytes(logs[0].read_bytes() + EVENT.replace(b"1}", b"0}") + b"\n")
+        before = query(tables)
+        copy = self.path("copy", logs[0].read_bytes() + EVENT.replace(b"1}", b"0}") + b"\n")
         output, _ = self.processor("--verify", *logs, copy)
         self.assertEqual(output, "users_revenue and the logs agree on 4 users.\n")
-        self.assertEqual(query("SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7"), before)
+        self.assertEqual(query(tables), before)
+
+    def test_verify_prints_each_user_whose_revenue_differs(self):
+        logs = self.logs()
+        self.processor(*logs, status=1)
         query("UPDATE users_revenue SET revenue = revenue + 1e30 + 0.01 WHERE user_id = 'user2'")
         query("DELETE FROM users_revenue WHERE user_id = 'user9'")
         query("INSERT INTO users_revenue VALUES ('older', 5)")
         output, _ = self.processor("--verify", *logs, status=1)
-        self.assertEqual(output.splitlines()[:3], ["older: 5 in users_revenue, 0 in the logs, difference 5",
-                                                   f"user2: 1{0:030}.11 in users_revenue, 0.10 in the logs, difference 1{0:030}.01",
-                                                   "user9: 0 in users_revenue, -7 in the logs, difference 7"])
+        self.assertEqual(output.splitlines()[:3], [
+            "older: 5 in users_revenue, 0 in the logs, difference 5",
+            f"user2: 1{0:030}.11 in users_revenue, 0.10 in the logs, difference 1{0:030}.01",
+            "user9: 0 in users_revenue, -7 in the logs, difference 7"])
         self.assertIn("3 users differ", output)
 
     def test_a_log_that_cannot_be_read_is_no_agreement(self):
@@ -2402,6 +2837,8 @@ class Audit(SystemTest):
         self.assertIn("do not exist yet", errors)
         self.assertEqual(query("SELECT to_regclass('users_revenue')"), [(None,)])
 
+
+# ---- Several machines -----------------------------------------------------------------------------------------------
 
 class Machines(SystemTest):
     """Three servers with a log each behind a load balancer, on one database."""
@@ -2417,8 +2854,10 @@ class Machines(SystemTest):
         port = free_port()
         site, = blocks("nginx")  # the README's, without TLS
         site = re.sub(r" *ssl_certificate.*\n", "", site).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
-        site = site.replace("server 127.0.0.1:8000;", "".join(f"server 127.0.0.1:{port} max_fails=0; " for port in ports))
-        temporary = "".join(f"{kind}_temp_path {self.directory}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        upstream = "".join(f"server 127.0.0.1:{port} max_fails=0; " for port in ports)
+        site = site.replace("server 127.0.0.1:8000;", upstream)
+        temporary = "".join(f"{kind}_temp_path {self.directory}; "
+                            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         configuration = self.path("nginx.conf", f"""
             daemon off; pid {self.directory}/nginx.pid; error_log {self.directory}/nginx.log; events {{}}
             http {{ access_log off; {temporary} {site} }}""")
@@ -2431,7 +2870,7 @@ class Machines(SystemTest):
         wait_until(lambda: not can_bind(port), "nginx listens")
         return port
 
-    def test_exact_totals_while_servers_are_killed_and_processors_run(self):
+    def test_totals_are_exact_although_servers_are_killed(self):
         secret = {"EVENTS_AUTHORIZATION": "secret"}
         servers = [Server(self, log=f"log{n}", **secret) for n in range(3)]
         port = self.balance([server.port for server in servers])
@@ -2443,8 +2882,8 @@ class Machines(SystemTest):
         while any(client.poll() is None for client in clients):
             n = kills % 3
             size = servers[n].log.stat().st_size
-            wait_until(lambda: servers[n].log.stat().st_size > size + 100_000 or all(client.poll() is not None for client in clients),
-                       "the log grows")
+            wait_until(lambda: servers[n].log.stat().st_size > size + 100_000
+                       or all(client.poll() is not None for client in clients), "the log grows")
             servers[n].kill()
             kills += 1
             servers[n] = Server(self, log=f"log{n}", port=servers[n].port, **secret)
@@ -2461,51 +2900,7 @@ class Machines(SystemTest):
         self.assertTrue(all(server.log.stat().st_size for server in servers))
 
 
-class StartUp(unittest.TestCase):
-    """Where the tests find a PostgreSQL."""
-
-    def setUp(self):
-        directory = tempfile.mkdtemp(prefix="events-test-")
-        self.addCleanup(shutil.rmtree, directory)
-        self.environment = {"PATH": directory, "HOME": "/", "PGHOST": ""}
-        self.tool = Path(directory, "pg_virtualenv")
-        self.tool.touch(0o755)
-
-    def test_without_a_named_database_the_same_command_runs_in_a_throwaway_one(self):
-        with unittest.mock.patch.object(sys, "orig_argv", ["python", "-m", "unittest", "-v", "test_system.Http"]):
-            self.assertEqual(throwaway_command(self.environment), ["pg_virtualenv", "-t", sys.executable, "-m", "unittest", "-v",
-                                                                   "test_system.Http"])
-
-    def test_a_port_or_a_password_alone_names_no_database(self):
-        for variable in ("PGPORT", "PGPASSWORD"):
-            with self.subTest(variable):
-                self.assertTrue(throwaway_command(self.environment | {variable: "5433"}))
-
-    def test_a_named_database_is_not_replaced_by_a_throwaway_one(self):
-        for variable in ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"):
-            with self.subTest(variable):
-                self.assertIsNone(throwaway_command(self.environment | {variable: "x"}))
-
-    def test_a_throwaway_one_is_not_started_inside_another(self):
-        self.assertIsNone(throwaway_command(throwaway_environment(self.environment)))
-
-    def test_a_throwaway_one_has_a_port_of_its_own_and_utf8(self):
-        environment = throwaway_environment(self.environment | {"PGPORT": "5432", "PGPASSWORD": "x", "LC_ALL": "C"})
-        self.assertEqual(environment, self.environment | {"LC_ALL": "C.UTF-8", THROWAWAY: "1"})
-
-    def test_without_pg_virtualenv_nothing_is_started(self):
-        self.tool.unlink()
-        self.assertIsNone(throwaway_command(self.environment))
-
-    def test_without_any_postgresql_the_tests_fail_with_a_sentence(self):
-        nowhere = {"PGHOST": "127.0.0.1", "PGPORT": str(free_port())}
-        environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"} | nowhere
-        run = subprocess.run([sys.executable, "-m", "unittest", "test_system.StartUp"], cwd=HERE, env=environment,
-                             capture_output=True, text=True)
-        self.assertEqual(run.returncode, 1)
-        self.assertIn("RuntimeError: No PostgreSQL to test with", run.stderr)
-        self.assertIn("FAILED (errors=1)", run.stderr)
-
+# ---- The README and the start of the tests --------------------------------------------------------------------------
 
 class Readme(SystemTest):
     """What the README shows is what happens."""
@@ -2552,22 +2947,31 @@ class Readme(SystemTest):
 
     def test_the_safe_sender_sends_each_event_once(self):
         script, = blocks("python")
-        sender = subprocess.Popen([sys.executable, "-c", script + "\nfor value in (1, 2):\n    send({'userId': 'user1', "
-                                   f"'name': 'add_revenue', 'value': value}}, 'http://localhost:{self.port}/liveEvent')\n"])
+        script += ("\nfor value in (1, 2):\n    send({'userId': 'user1', 'name': 'add_revenue', 'value': value}, "
+                   f"'http://localhost:{self.port}/liveEvent')\n")
+        sender = subprocess.Popen([sys.executable, "-c", script])
         server = Server(self, port=self.port)
         self.assertEqual(sender.wait(20), 0)
-        names = names_in(server.log)
-        self.assertEqual([sequence for _, sequence in names], [1, 2])
-        self.assertEqual(len({producer for producer, _ in names}), 1)
+        ids = ids_in(server.log)
+        self.assertEqual([sequence for _, sequence in ids], [1, 2])
+        self.assertEqual(len({producer for producer, _ in ids}), 1)
 
-    def test_help_fits_a_screen_and_knows_every_option_of_the_readme(self):
-        for script in ("server.py", "client.py", "data_processor.py"):
-            output, _ = self.run_script(script, "--help", COLUMNS="80")
-            self.assertLessEqual(output.count("\n"), 24)
-            self.assertIn("Example: python " + script, " ".join(output.split()))
-            usage = re.search(rf"^    python {script}(.*)$", README, re.M)[1]
-            options = re.findall(r"--[a-z-]+", usage)
-            self.assertEqual(set(re.findall(r"^  (--[a-z-]+)", output, re.M)), set(options))
+    SCRIPTS = ("server.py", "client.py", "data_processor.py")
+
+    def test_help_fits_a_screen(self):
+        for script in self.SCRIPTS:
+            with self.subTest(script):
+                output, _ = self.run_script(script, "--help", COLUMNS="80")
+                self.assertLessEqual(output.count("\n"), 24)
+                self.assertIn("Example: python " + script, " ".join(output.split()))
+
+    def test_help_knows_every_option_of_the_readme(self):
+        for script in self.SCRIPTS:
+            with self.subTest(script):
+                output, _ = self.run_script(script, "--help", COLUMNS="80")
+                usage = re.search(rf"^    python {script}(.*)$", README, re.M)[1]
+                options = re.findall(r"--[a-z-]+", usage)
+                self.assertEqual(set(re.findall(r"^  (--[a-z-]+)", output, re.M)), set(options))
 
     def test_the_rotation_by_logrotate_loses_nothing(self):
         rules = next(block for block in blocks("") if "rotate 90" in block)
@@ -2578,7 +2982,8 @@ class Readme(SystemTest):
         for number in (1, 2, 3):
             server.post(EVENT)
             if logrotate:
-                subprocess.run([logrotate, "--force", "--state", self.path("state"), rules], check=True, capture_output=True)
+                subprocess.run([logrotate, "--force", "--state", self.path("state"), rules], check=True,
+                               capture_output=True)
             else:
                 server.log.rename(f"{server.log}.{number}")
         server.post(EVENT)
@@ -2586,6 +2991,54 @@ class Readme(SystemTest):
         self.processor()
         self.assertRevenue({"user1": 4})
 
+
+class StartUp(unittest.TestCase):
+    """Where the tests find a PostgreSQL."""
+
+    def setUp(self):
+        directory = tempfile.mkdtemp(prefix="events-test-")
+        self.addCleanup(shutil.rmtree, directory)
+        self.environment = {"PATH": directory, "HOME": "/", "PGHOST": ""}
+        self.tool = Path(directory, "pg_virtualenv")
+        self.tool.touch(0o755)
+
+    def test_without_a_named_database_the_same_command_runs_in_a_throwaway_one(self):
+        with unittest.mock.patch.object(sys, "orig_argv", ["python", "-m", "unittest", "-v", "test_system.Http"]):
+            self.assertEqual(throwaway_command(self.environment),
+                             ["pg_virtualenv", "-t", sys.executable, "-m", "unittest", "-v", "test_system.Http"])
+
+    def test_a_port_or_a_password_alone_names_no_database(self):
+        for variable in ("PGPORT", "PGPASSWORD"):
+            with self.subTest(variable):
+                self.assertTrue(throwaway_command(self.environment | {variable: "5433"}))
+
+    def test_a_named_database_is_not_replaced_by_a_throwaway_one(self):
+        for variable in ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"):
+            with self.subTest(variable):
+                self.assertIsNone(throwaway_command(self.environment | {variable: "x"}))
+
+    def test_a_throwaway_one_is_not_started_inside_another(self):
+        self.assertIsNone(throwaway_command(throwaway_environment(self.environment)))
+
+    def test_a_throwaway_one_takes_no_settings_of_the_default_one(self):
+        environment = throwaway_environment(self.environment | {"PGPORT": "5432", "PGPASSWORD": "x", "LC_ALL": "C"})
+        self.assertEqual(environment, self.environment | {"LC_ALL": "C.UTF-8", THROWAWAY: "1"})
+
+    def test_without_pg_virtualenv_nothing_is_started(self):
+        self.tool.unlink()
+        self.assertIsNone(throwaway_command(self.environment))
+
+    def test_without_any_postgresql_the_tests_fail_with_a_sentence(self):
+        nowhere = {"PGHOST": "127.0.0.1", "PGPORT": str(free_port())}
+        environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"} | nowhere
+        run = subprocess.run([sys.executable, "-m", "unittest", "test_system.StartUp"], cwd=HERE, env=environment,
+                             capture_output=True, text=True)
+        self.assertEqual(run.returncode, 1)
+        self.assertIn("RuntimeError: No PostgreSQL to test with", run.stderr)
+        self.assertIn("FAILED (errors=1)", run.stderr)
+
+
+# ---- Torture --------------------------------------------------------------------------------------------------------
 
 class Torture(SystemTest):
     """Everything at once, at random, and then equality with the oracle."""
@@ -2599,8 +3052,8 @@ class Torture(SystemTest):
         self.addCleanup(self.proxy.close)
         self.files, self.delivering, self.processors = [], [], []
         self.chance = chance
-        actions = [self.kill_client, self.kill_client, self.kill_server, self.kill_worker, self.kill_processor, self.kill_processor,
-                   self.terminate_backend, self.pause, self.pause, self.rotate]
+        actions = [self.kill_client, self.kill_client, self.kill_server, self.kill_worker, self.kill_processor,
+                   self.kill_processor, self.terminate_backend, self.pause, self.pause, self.rotate]
         end = time.monotonic() + TORTURE_SECONDS
         while time.monotonic() < end:
             self.keep_busy()
@@ -2608,7 +3061,7 @@ class Torture(SystemTest):
             chance.choice(actions)()
         self.settle()
         logs = sorted(self.directory.glob("log*"))
-        repeats = len(names_in(*logs)) - len(set(names_in(*logs)))
+        repeats = len(ids_in(*logs)) - len(set(ids_in(*logs)))
         kills = sum(count for name, count in self.counts.items() if name.startswith("kill"))
         print(f"[{dict(self.counts)}, {self.proxy.cuts} cuts, {kills} kills, {len(self.files)} files, "
               f"{repeats} repeated deliveries]", end=" ", file=sys.stderr, flush=True)
@@ -2618,15 +3071,13 @@ class Torture(SystemTest):
 
     def start_client(self, events, *arguments):
         """Start a client through the proxy."""
-        return subprocess.Popen([sys.executable, HERE / "client.py", events, "--url", f"http://127.0.0.1:{self.proxy.port}/liveEvent",
-                                 "--batch-size", str(self.chance.choice([10, 100, 1000])), *arguments],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, HERE / "client.py", events, "--url", f"http://127.0.0.1:{self.proxy.port}/liveEvent",
+                   "--batch-size", str(self.chance.choice([10, 100, 1000])), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def keep_busy(self):
         """Keep two deliveries and two processors going, and both servers up."""
-        for n, server in enumerate(self.servers):
-            if server.process.poll() is not None:
-                self.servers[n] = Server(self, log=server.log.name, port=server.port)
+        self.keep_servers_up()
         for delivery in list(self.delivering):
             events, client = delivery
             if client.poll() is not None:
@@ -2648,8 +3099,15 @@ class Torture(SystemTest):
         while len(self.processors) < 2:
             logs = sorted(self.directory.glob("log*"))
             self.chance.shuffle(logs)
-            self.processors.append(subprocess.Popen([sys.executable, HERE / "data_processor.py", *logs[:20]], cwd=self.directory,
-                                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            command = [sys.executable, HERE / "data_processor.py", *logs[:20]]
+            self.processors.append(subprocess.Popen(command, cwd=self.directory, stdout=subprocess.DEVNULL,
+                                                    stderr=subprocess.PIPE, text=True))
+
+    def keep_servers_up(self):
+        """Start the servers again that were killed."""
+        for n, server in enumerate(self.servers):
+            if server.process.poll() is not None:
+                self.servers[n] = Server(self, log=server.log.name, port=server.port)
 
     def kill(self, name, process):
         """SIGKILL a process that runs."""
@@ -2672,9 +3130,13 @@ class Torture(SystemTest):
     def kill_worker(self):
         """Kill one worker."""
         if workers := self.chance.choice(self.servers).workers():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.chance.choice(workers), signal.SIGKILL)
-                self.counts["kill worker"] += 1
+            self.kill_pid("worker", self.chance.choice(workers))
+
+    def kill_pid(self, name, pid):
+        """SIGKILL a process that may have ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.counts[f"kill {name}"] += 1
 
     def terminate_backend(self):
         """End one of the database's processes."""
@@ -2708,9 +3170,7 @@ class Torture(SystemTest):
         for processor in self.processors:
             processor.kill()
             processor.communicate()
-        for n, server in enumerate(self.servers):
-            if server.process.poll() is not None:
-                self.servers[n] = Server(self, log=server.log.name, port=server.port)
+        self.keep_servers_up()
         for events, client in self.delivering:
             while "events accepted" not in client.communicate(timeout=60)[0]:
                 client = self.start_client(events)
