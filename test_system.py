@@ -3053,7 +3053,7 @@ class Torture(SystemTest):
         self.files, self.delivering, self.processors = [], [], []
         self.chance = chance
         actions = [self.kill_client, self.kill_client, self.kill_server, self.kill_worker, self.kill_processor,
-                   self.kill_processor, self.terminate_backend, self.pause, self.pause, self.rotate]
+                   self.kill_processor, self.kill_child, self.terminate_backend, self.pause, self.pause, self.rotate]
         end = time.monotonic() + TORTURE_SECONDS
         while time.monotonic() < end:
             self.keep_busy()
@@ -3122,6 +3122,12 @@ class Torture(SystemTest):
     def kill_processor(self):
         """Kill one of the processors."""
         self.kill("processor", self.chance.choice(self.processors))
+
+    def kill_child(self):
+        """Kill a process that one of the processors forked (on Linux, which lists them)."""
+        children = [pid for processor in self.processors for pid in children_of(processor.pid)]
+        if children and sys.platform == "linux":
+            self.kill_pid("child", self.chance.choice(children))
 
     def kill_server(self):
         """Kill a server's parent."""
