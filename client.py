@@ -1,19 +1,19 @@
 """Send the events of a file to the server, then exit.
 
-Every line is delivered once: all requests carry the delivery's producer id and the line's number as its sequence, so
-that the system counts a line once however often it is sent. What a killed client needs to go on under the same id is
-in FILE.delivery from before the first request until every line has been answered.
+Every line counts once. A request carries the delivery's producer id and the number of its first line, by which the
+system recognises a line that is sent again. FILE.delivery keeps the producer id from before the first request until
+every line has been answered: after a kill, the same command goes on.
 
-This file needs Python's standard library alone and can be copied to any machine by itself.
+The parts, in order: what is printed; the delivery of a file; batches; requests; the run. This file
+needs Python's standard library alone and can be copied to any machine by itself.
 """
 import argparse
-import collections
 import concurrent.futures
 import contextlib
-import email.message
-import fcntl
+import errno
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -27,312 +27,57 @@ import time
 import urllib.parse
 import urllib.request
 
-BATCH_BYTES = 512 * 1024  # also the longest line that is sent at all
+try:
+    import fcntl
+except ImportError:
+    sys.exit("client.py locks files with fcntl: it needs Linux or macOS, or WSL on Windows.")
+
+BATCH_BYTES = 512 * 1024  # in a request's body; a longer line is rejected here
 CONCURRENT_REQUESTS = 4
 BATCHES_AHEAD = 2 * CONCURRENT_REQUESTS  # read and not yet answered: all that is held in memory
-REQUEST_SECONDS = 10
+REQUEST_SECONDS = 10  # without a byte from the server
 MAX_ANSWER_BYTES = 8 * 1024 * 1024  # 10,000 lines with an error each
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 5.0
+GRACE_SECONDS = 1  # for an attempt under way when the time is up; also how long we wait without saying so
 PROGRESS_SECONDS = 0.2
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
+BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*+(?=\n)")  # with the newline before it
+PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 class Failure(Exception):
-    """Something that ends the run: one sentence that says what to do."""
+    """Something that ends the run: a sentence that says what is wrong and what to do."""
 
 
 class Retry(Exception):
     """Why a request failed that may succeed when it is sent again."""
 
 
-# ---- The file and its delivery --------------------------------------------------------------------------------------
+# ---- What is printed ------------------------------------------------------------------------------------------------
 
-def sync_directory(path):
-    """Make the names in path's directory durable."""
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def write(stream, line, end="\n"):
+    """Write a line on stdout or stderr, without what a terminal would obey and without the password of a URL.
 
-
-def publish(file, path):
-    """Make an open temporary file durable under the name path, replacing what was there."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(file.name, path)
-    sync_directory(path)
-
-
-class Delivery:
-    """The sending of one file's content under one producer id, kept in FILE.delivery while it lasts."""
-
-    def __init__(self, path, restart=False):
-        """Lock the file and go on with its unfinished delivery, or begin a new one; raise Failure or OSError."""
-        self.path = path
-        self.state_path = path + ".delivery"
-        self.resumed = False
-        self.file = open(path, "rb")
-        if not stat.S_ISREG(os.fstat(self.file.fileno()).st_mode):
-            raise Failure(f"{path} is not a regular file.")
-        self._lock(self.file)
-        self.size = os.fstat(self.file.fileno()).st_size
-        content = {"size": self.size, "sha256": hashlib.file_digest(self.file, "sha256").hexdigest()}
-        self.file.seek(0)
-        with contextlib.suppress(FileNotFoundError):
-            self._state = open(self.state_path)
-            self._lock(self._state)  # whoever sends a file that was at this path before still needs it
-            self.resumed = not restart
-        if self.resumed:
-            self.producer = self._resume(content)
-        else:
-            self.producer = secrets.token_urlsafe(16)
-            self._state = open(self.state_path + ".new", "w")
-            self._lock(self._state)
-            json.dump({"producerId": self.producer} | content, self._state)
-            publish(self._state, self.state_path)
-
-    def _lock(self, file):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"{self.path} is being sent by another client; wait until it is done.") from None
-
-    def _resume(self, content):
-        advice = ("Restore it, or run again with --restart to send the whole file as a new delivery; lines that were "
-                  "already delivered then count twice.")
-        try:
-            state = json.load(self._state)
-            producer = state.pop("producerId")
-            if not isinstance(producer, str) or not producer:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise Failure(f"{self.state_path} cannot be understood. {advice}") from None
-        if state != content:
-            raise Failure(f"{self.path} has changed since its unfinished delivery began. {advice}")
-        return producer
-
-    def close(self):
-        """Forget the delivery: every line was answered."""
-        os.unlink(self.state_path)
-        sync_directory(self.state_path)
-
-
-class Batch:
-    """Consecutive lines of the file, from number first on.
-
-    lines is what is to be sent, a blank line for one that is too long; offsets are where in the file they begin, and
-    the end of the last one; rejected holds (line number, error).
+    A stream that is closed, full or broken changes no outcome: nothing is raised, and nothing stays in a buffer to fail
+    when Python exits. On a terminal the line takes the place of a progress line.
     """
-
-    def __init__(self, first, offset):
-        self.first = first
-        self.lines, self.offsets, self.rejected = [], [offset], []
-        self.size = 0  # bytes in lines
-        self.undelivered = first  # lines before this one were answered
-        self.accepted = 0
-
-    @property
-    def last(self):
-        """The number of the last line."""
-        return self.first + len(self.lines) - 1
-
-    def add(self, line, end):
-        """Add a line that ends at an offset of the file."""
-        self.lines.append(line)
-        self.offsets.append(end)
-        self.size += len(line)
-
-    def events(self):
-        """Return how many lines are not blank."""
-        return sum([not line.isspace() for line in self.lines])
+    line = re.sub(r"(?<=/)[^\s/:]*:\S*@", "", line)
+    line = "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in line])
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        clear = "\r\033[K" * stream.isatty()
+        os.write(stream.fileno(), (clear + line + end).encode(stream.encoding, "backslashreplace"))
 
 
-def read_batches(delivery, batch_size):
-    """Yield the lines of the delivery as batches of at most batch_size lines and 512 KiB."""
-    file, offset = delivery.file, 0
-    batch = Batch(1, 0)
-    while offset < delivery.size:
-        line = file.readline(min(BATCH_BYTES + 1, delivery.size - offset))
-        offset += len(line)
-        if not line:
-            raise Failure(f"{delivery.path} was shortened while it was read.")
-        if len(batch.lines) == batch_size or batch.size + len(line) > BATCH_BYTES and batch.lines:
-            yield batch
-            batch = Batch(batch.last + 1, batch.offsets[-1])
-        if len(line) > BATCH_BYTES:
-            while not line.endswith(b"\n") and offset < delivery.size and line:
-                line = file.readline(min(BATCH_BYTES, delivery.size - offset))
-                offset += len(line)
-            batch.rejected.append((batch.last + 1, f"a line must be at most {BATCH_BYTES // 1024} KiB long"))
-            line = b"\n"
-        batch.add(line, offset)
-    if batch.lines:
-        yield batch
+def say(line):
+    """Print a line on stdout."""
+    write(sys.stdout, line)
 
 
-class Rejects:
-    """The rejected lines: named on stderr, and collected in FILE.rejected."""
+def warn(line):
+    """Print a line on stderr."""
+    write(sys.stderr, line)
 
-    def __init__(self, delivery):
-        self._delivery = delivery
-        self._path = delivery.path + ".rejected"
-        self._file = None
-        self.count = 0
-
-    def add(self, batch):
-        """Report and collect the rejected lines of a delivered batch."""
-        for number, error in sorted(batch.rejected):
-            self.count += 1
-            print(f"{self._delivery.path}:{number}: {error}", file=sys.stderr)
-            if self._file is None:
-                self._file = open(self._path + ".new", "wb")
-            offset, end = batch.offsets[number - batch.first:][:2]
-            ended = False
-            while piece := os.pread(self._delivery.file.fileno(), min(BATCH_BYTES, end - offset), offset):
-                self._file.write(piece)
-                offset += len(piece)
-                ended = piece.endswith(b"\n")
-            if not ended:
-                self._file.write(b"\n")
-
-    def publish(self):
-        """Make FILE.rejected durable, replacing an older one, if there is anything in it."""
-        if self._file:
-            with self._file:
-                publish(self._file, self._path)
-
-
-# ---- The requests ---------------------------------------------------------------------------------------------------
-
-class Sender:
-    """Requests to one server, from several threads at once."""
-
-    def __init__(self, url, producer, give_up_after):
-        self._url = url
-        self._headers = {"Producer-Id": producer}
-        if authorization := os.environ.get("EVENTS_AUTHORIZATION"):
-            self._headers["Authorization"] = os.fsencode(authorization)
-        self._give_up_after = give_up_after
-        self._last_success = time.monotonic()
-        self._stopped = threading.Event()
-        self.takes_batches = False
-        # Without the handlers that follow redirects and raise exceptions: a redirect is an error, not a delivery.
-        self._opener = urllib.request.OpenerDirector()
-        local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-        for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
-                        urllib.request.HTTPSHandler()):
-            self._opener.add_handler(handler)
-
-    def ask(self):
-        """Find out whether the server takes batches, waiting for it if it is not up yet; raise Failure."""
-        self.takes_batches = self._persist(self._ask_once)
-
-    def _ask_once(self):
-        status, headers, payload = self._exchange("OPTIONS", None, {})
-        if status in (404, 405, 501):
-            return False
-        self._check(status, payload)
-        return NDJSON in headers.get("Accept-Post", "")
-
-    def deliver(self, batch):
-        """Deliver a batch and set what was accepted and rejected of it, or raise Failure."""
-        if self.takes_batches:
-            rejected = self._persist(self._post_batch, batch)
-        else:
-            rejected = []
-            for number, line in enumerate(batch.lines, batch.first):
-                batch.undelivered = number
-                if not line.isspace() and (error := self._persist(self._post_event, number, line)):
-                    rejected.append((number, error))
-        batch.accepted = batch.events() - len(rejected)
-        batch.rejected += rejected
-        batch.undelivered = batch.last + 1
-
-    def _post_batch(self, batch):
-        status, _, payload = self._exchange("POST", b"".join(batch.lines),
-                                            {"Content-Type": NDJSON, "Sequence": str(batch.first)})
-        self._check(status, payload)
-        try:
-            answer = json.loads(payload)
-            rejected = {batch.first + entry["line"] - 1: str(entry["error"]) for entry in answer["rejected"]}
-            numbers = range(batch.first, batch.last + 1)
-            complete = (status == 200 and len(rejected) == len(answer["rejected"])
-                        and all(number in numbers and not batch.lines[number - batch.first].isspace()
-                                for number in rejected)
-                        and 0 <= answer["accepted"] == batch.events() - len(rejected))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            complete = False
-        if not complete:
-            raise Retry(f"the answer {_excerpt(payload)} does not account for every line")
-        return rejected.items()
-
-    def _post_event(self, number, line):
-        status, _, payload = self._exchange("POST", line.strip(), {"Content-Type": JSON, "Sequence": str(number)})
-        if status in (400, 413, 422):
-            return _words(payload) or f"refused with status {status}"
-        self._check(status, payload)
-        return None
-
-    def stop(self):
-        """Make every thread's attempts end after the one under way."""
-        self._stopped.set()
-
-    def _persist(self, attempt, *arguments):
-        """Return what attempt returns; repeat it while it raises Retry, with exponential backoff and jitter, until
-        nothing at all has succeeded for too long, then raise Failure."""
-        backoff = FIRST_BACKOFF_SECONDS
-        while not self._stopped.is_set():
-            try:
-                result = attempt(*arguments)
-                self._last_success = time.monotonic()
-                return result
-            except Retry as error:
-                reason = error
-            if time.monotonic() - self._last_success > self._give_up_after:
-                raise Failure(f"Gave up after {self._give_up_after:g} s without success at {self._url}: {reason}. "
-                              "Start the server, or name another with --url; then run this command again to go on.")
-            self._stopped.wait(random.uniform(backoff / 2, backoff))
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-        raise Failure("Stopped.")
-
-    def _exchange(self, method, body, headers):
-        """Return (status, headers, payload), or raise Retry when there is no answer."""
-        request = urllib.request.Request(self._url, body, self._headers | headers, method=method)
-        try:
-            with self._opener.open(request, timeout=REQUEST_SECONDS) as response:
-                return response.status, response.headers or email.message.Message(), response.read(MAX_ANSWER_BYTES)
-        except ValueError as error:
-            raise Failure(f"--url or EVENTS_AUTHORIZATION is malformed: {error}.") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise Retry(getattr(error, "reason", None) or error or type(error).__name__) from error
-
-    def _check(self, status, payload):
-        """Return after a status of success; else raise Retry or Failure."""
-        if 200 <= status < 300:
-            return
-        words = _words(payload) or _excerpt(payload)
-        if status in (408, 429) or status >= 500:
-            raise Retry(f"status {status}, {words}")
-        if status == 401:
-            words += "; set EVENTS_AUTHORIZATION to the value that the server was started with"
-        raise Failure(f"{self._url} answered with status {status}: {words}.")
-
-
-def _words(payload):
-    """Return the error that a JSON answer states, or None."""
-    try:
-        return str(json.loads(payload)["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _excerpt(payload):
-    return repr(payload[:80].decode(errors="replace"))
-
-
-# ---- The run --------------------------------------------------------------------------------------------------------
 
 class Progress:
     """A line on stderr that is written anew a few times a second, after the first, when stderr is a terminal."""
@@ -341,88 +86,358 @@ class Progress:
         self._size = size
         self._begun = time.monotonic()
         self._next = self._begun + 1
-        self._shown = False
 
     def show(self, events, done):
         """Show a number of events, and how many bytes of the file they are."""
         now = time.monotonic()
-        if now < self._next or not sys.stderr.isatty():
-            return
-        self._next = now + PROGRESS_SECONDS
-        self._shown = True
-        seconds = max(now - self._begun, 1e-6)
-        left = seconds * (self._size - done) / max(done, 1)
-        print(f"\r{events:,} events, {done / max(self._size, 1):.0%}, {events / seconds:,.0f}/s, "
-              f"{left:.0f} s left\033[K", end="", file=sys.stderr, flush=True)
+        if now >= self._next and sys.stderr and sys.stderr.isatty():  # it is None when it was closed at the start
+            self._next, rate = now + PROGRESS_SECONDS, events / (now - self._begun)
+            write(sys.stderr, f"{events:,} events, {done / self._size:.0%}, {rate:,.0f}/s", end="")
 
-    def clear(self):
-        """Remove the line."""
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
+# ---- The delivery of a file -----------------------------------------------------------------------------------------
+
+def open_regular(path, flags):
+    """Open a regular file, or raise Failure if it is something else, such as a pipe, which is not waited for."""
+    file = open(path, "rb", opener=lambda path, _: os.open(path, flags | os.O_NONBLOCK, 0o640))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise Failure(f"{path} is not a regular file. Name a file that has an event on each line.")
+    return file
+
+
+def write_all(file, data):
+    """Write bytes at once, or raise OSError; what a short write left is written, too, or its error is raised."""
+    while data:
+        data = data[os.write(file.fileno(), data):]
+
+
+def sync_directory(path):
+    """Make the names in path's directory durable, if its file system can do that."""
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(directory)
+
+
+class Delivery:
+    """The sending of a file's content under one producer id.
+
+    FILE.delivery is its lock and its memory. It is created, locked, and then filled with one line, which is durable
+    before the first request. A line that lacks its newline says that nothing was sent.
+    """
+
+    def __init__(self, name, restart=False):
+        """Lock the file's delivery and go on with it, or begin a new one; raise Failure or OSError."""
+        self.name = name
+        self.path = os.path.realpath(name)  # a file has one delivery, whichever link leads to it
+        self._state_path = self.path + ".delivery"
+        self._file = open_regular(self.path, os.O_RDONLY)
+        self._state = self._lock()
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        self.size = self._file.tell()
+        content = {"size": self.size, "sha256": digest}
+        self.producer = None if restart else self._unfinished(content)
+        if self.producer:
+            warn(f"{name}: going on with the delivery that was interrupted.")
+        else:
+            self.producer = secrets.token_urlsafe(16)
+            os.ftruncate(self._state.fileno(), 0)
+            write_all(self._state, json.dumps({"producerId": self.producer} | content).encode() + b"\n")
+        os.fsync(self._state.fileno())  # when it goes on, too: the client before may have been killed just here
+        sync_directory(self.path)
+        self.answered = self.accepted = self.rejected = 0  # lines, of which events
+        self._rejected_file = None
+        self.rejected_path = f"{self.path}.rejected-{self.producer}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.rejected_path)  # a killed client wrote it: all lines are sent, and collected, again
+
+    def _lock(self):
+        """Return FILE.delivery, open and locked, or raise Failure if another client has locked it."""
+        while True:
+            state = open_regular(self._state_path, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(state.fileno()), os.stat(self._state_path)):
+                    return state
+            except BlockingIOError:
+                raise Failure(f"{self.name} is being sent by another client; wait until it is done.") from None
+            except FileNotFoundError:
+                pass  # that client has just finished and removed it
+
+    def _unfinished(self, content):
+        """Return the producer id of an unfinished delivery of this content, or None if nothing was sent yet; raise
+        Failure if something else was sent."""
+        line = os.pread(self._state.fileno(), os.fstat(self._state.fileno()).st_size, 0)
+        fault = f"{self._state_path} cannot be understood."
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            state = json.loads(line)
+            if PRODUCER_ID.fullmatch(state["producerId"]):
+                if (state["size"], state["sha256"]) == (content["size"], content["sha256"]):
+                    return state["producerId"]  # also without a newline: earlier versions of this client wrote none
+                fault = f"{self.name} has changed since its unfinished delivery began."
+        if line.endswith(b"\n"):
+            raise Failure(f"{fault} Restore it, or run again with --restart to send the whole file as a new delivery; "
+                          "lines that were already delivered then count twice.")
+        return None
+
+    def read(self, offset, size):
+        """Return size bytes from an offset on, or what is left, after which a last line has its newline in any case;
+        raise Failure if the file became shorter."""
+        size = min(size, self.size - offset)
+        self._file.seek(offset)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise Failure(f"{self.name} was shortened while it was read. Restore it, then run this command again.")
+        unfinished = offset + size == self.size and not data.endswith(b"\n")
+        return data + b"\n" * unfinished
+
+    def settle(self, batch, errors):
+        """Count an answered batch; report and collect its rejected lines, given their errors by their numbers."""
+        numbers, lines = sorted(errors), batch.body.split(b"\n")
+        for number in numbers:
+            warn(f"{self.name}:{number}: {errors[number]}")
+        if numbers and self._rejected_file is None:
+            self._rejected_file = open_regular(self.rejected_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        if batch.error:
+            for offset in range(batch.begin, batch.end, BATCH_BYTES):
+                write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, batch.end - offset)))
+        elif numbers:
+            text = b"".join([lines[number - batch.first] + b"\n" for number in numbers])
+            write_all(self._rejected_file, text)
+        self.rejected += len(numbers)
+        self.accepted += batch.events - len(numbers) * (batch.error is None)
+        self.answered += len(lines) - 1
+
+    def sync_rejected(self):
+        """Make the collected lines durable, if there are any."""
+        if self._rejected_file:
+            os.fsync(self._rejected_file.fileno())
+            sync_directory(self.path)
+
+    def end(self):
+        """Forget the delivery: every line was answered."""
+        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+            os.unlink(self._state_path)
+        with contextlib.suppress(OSError):  # it may come back after a power cut: to go on then changes nothing
+            sync_directory(self.path)
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+class Batch:
+    """Consecutive lines of a delivery: the first one's number and id, where they begin and end, and what is sent.
+
+    error is set for a single line that is too long; a blank line is sent for it.
+    """
+
+    def __init__(self, delivery, first, body, begin, end, error=None):
+        self.first, self.body, self.begin, self.end, self.error = first, body, begin, end, error
+        self.id = {"Producer-Id": delivery.producer, "Sequence": str(first)}
+        self.lines = body.count(b"\n")
+        self.events = self.lines - len(BLANK_LINE.findall(b"\n" + body))  # of those that are sent
+
+
+def read_batches(delivery, batch_size):
+    """Yield all lines of a delivery as batches of at most batch_size lines and BATCH_BYTES."""
+    batch_of_lines = re.compile(rb"(?:.*+\n){1,%d}+" % batch_size)
+    first, begin = 1, 0
+    while begin < delivery.size:
+        offset, block = begin, delivery.read(begin, BATCH_BYTES)
+        end = offset + len(block)
+        for match in batch_of_lines.finditer(block, 0, block.rfind(b"\n") + 1):
+            batch = Batch(delivery, first, match[0], begin, offset + match.end())
+            if match.start() and batch.lines < batch_size and end < delivery.size:
+                break  # more of its lines may follow the block
+            yield batch
+            first, begin = first + batch.lines, batch.end
+        if begin == offset:
+            while b"\n" not in block:
+                block = delivery.read(end, BATCH_BYTES)
+                end += len(block)
+            end -= len(block) - block.index(b"\n") - 1
+            yield Batch(delivery, first, b"\n", begin, end, f"a line must be at most {BATCH_BYTES // 1024} KiB long")
+            first, begin = first + 1, end
+
+
+# ---- Requests -------------------------------------------------------------------------------------------------------
+
+class Sender:
+    """Requests to one server, from several threads at once, each repeated until it is answered."""
+
+    def __init__(self, url, give_up_after):
+        """Prepare requests; raise Failure if EVENTS_AUTHORIZATION cannot be sent."""
+        self._url, self._give_up_after = url, give_up_after
+        authorization = os.fsencode(os.environ.get("EVENTS_AUTHORIZATION", "")).strip(b" \t")
+        if re.search(rb"[\0-\x08\n-\x1f\x7f]", authorization):
+            raise Failure("EVENTS_AUTHORIZATION has a line end or another control character in it, which no header can "
+                          "carry; set it again without.")
+        self._headers = {"Authorization": authorization} if authorization else {}
+        self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
+        self._stopped = threading.Event()
+        self._last_success = time.monotonic()
+        self._reason = "no answer yet"  # why nothing has succeeded since, if that is known
+        self._waiting = False  # as we said on stderr
+        # Without the handlers that follow redirects and raise exceptions: a redirect is an error, not a delivery.
+        self._opener = urllib.request.OpenerDirector()
+        local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # not the proxy's localhost
+        self._opener.add_handler(urllib.request.ProxyHandler({} if local else None))
+        for name in ("HTTPHandler", "HTTPSHandler", "UnknownHandler"):
+            if hasattr(urllib.request, name):  # without ssl, Python has no HTTPSHandler
+                self._opener.add_handler(getattr(urllib.request, name)())
+
+    def ask(self):
+        """Tell whether the server takes batches, waiting for it if it is not up yet; raise Failure."""
+        takes_batches = self._result(self._threads.submit(self._until_answered, self._ask))
+        self._post = self._post_batch if takes_batches else self._post_event
+        return takes_batches
+
+    def answers(self, batches):
+        """Deliver batches, a few at once. Yield, in their order, each batch and the errors of its rejected lines by
+        their numbers, or raise Failure."""
+        batches, pending = iter(batches), []
+        while True:
+            if all(answer.done() for _, answer in pending):
+                self._last_success = time.monotonic()  # the server owed us nothing: the time until now was our own
+            for batch in itertools.islice(batches, BATCHES_AHEAD - len(pending)):
+                pending.append((batch, self._threads.submit(self._until_answered, self._post, batch)))
+            if not pending:
+                return
+            batch, answer = pending.pop(0)
+            errors = self._result(answer)
+            yield batch, {batch.first: batch.error} if batch.error else errors
+
+    def stop(self):
+        """Let each thread end after the attempt that is under way, without waiting for it."""
+        self._stopped.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _until_answered(self, attempt, *arguments):
+        """Return what attempt returns; while it raises Retry, repeat it with exponential backoff and jitter."""
+        pause, backoff = 0, FIRST_BACKOFF_SECONDS
+        while not self._stopped.wait(pause):
+            try:
+                result = attempt(*arguments)
+                self._last_success, self._reason = time.monotonic(), None
+                return result
+            except Retry as error:
+                self._reason = str(error)
+            pause, backoff = random.uniform(backoff / 2, backoff), min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    def _result(self, future):
+        """Return the result of a future. Say on stderr that the server keeps us waiting, and raise Failure when nothing
+        at all has succeeded for too long, even if an answer is still coming in."""
+        while True:
+            last_success = self._last_success
+            late = time.monotonic() - last_success > self._give_up_after
+            done, _ = concurrent.futures.wait([future], GRACE_SECONDS)
+            silent = time.monotonic() - self._last_success > GRACE_SECONDS
+            if silent != self._waiting and (self._reason or not silent):
+                self._waiting = silent
+                warn(f"Waiting for {self._url}: {self._reason}." if silent else f"{self._url} answers.")
+            if done:
+                return future.result()
+            if late and last_success == self._last_success:
+                raise Failure(f"Gave up after {self._give_up_after:g} s without success at {self._url}: "
+                              f"{self._reason or 'no answer'}. Start the server, or name another with --url; then run "
+                              "this command again to go on.")
+
+    def _ask(self):
+        status, headers, payload = self._exchange("OPTIONS", None, {})
+        if status in (404, 405, 501):
+            return False
+        self._check(status, payload)
+        return NDJSON in headers.get("Accept-Post", "")
+
+    def _post_batch(self, batch):
+        """Return the errors of the rejected lines by their numbers, when the answer accounts for every line."""
+        status, _, payload = self._exchange("POST", batch.body, batch.id | {"Content-Type": NDJSON})
+        self._check(status, payload)
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            answer = json.loads(payload)
+            errors = {entry["line"]: str(entry["error"]) for entry in answer["rejected"]}
+            lines = batch.body.split(b"\n") if errors else []
+            if (status == 200 and len(errors) == len(answer["rejected"])
+                    and all(line in range(1, len(lines)) and lines[line - 1].strip() for line in errors)
+                    and 0 <= answer["accepted"] == batch.events - len(errors)):
+                return {batch.first + line - 1: error for line, error in errors.items()}
+        raise Retry(f"the answer {_words(payload)} does not account for every line")
+
+    def _post_event(self, batch):
+        """Return the error of a single line by its number if the server rejects it; a blank line is not sent."""
+        if batch.events:
+            status, _, payload = self._exchange("POST", batch.body.strip(), batch.id | {"Content-Type": JSON})
+            if status in (400, 413, 422):
+                return {batch.first: _words(payload)}
+            self._check(status, payload)
+        return {}
+
+    def _exchange(self, method, body, headers):
+        """Return (status, headers, payload), or raise Retry when there is no answer."""
+        request = urllib.request.Request(self._url, body, self._headers | headers, method=method)
+        try:
+            with self._opener.open(request, timeout=REQUEST_SECONDS) as response:
+                return response.status, response.headers, response.read(MAX_ANSWER_BYTES)
+        except (ValueError, http.client.InvalidURL) as error:  # whose words may hold a password
+            raise Failure(f"{self._url}, or the proxy that the environment names, is malformed. Correct it.") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise Retry(str(reason) or type(reason).__name__) from error
+
+    def _check(self, status, payload):
+        """Return after a status of success; else raise Retry or Failure."""
+        words = f"status {status}: {_words(payload)}"
+        if status in (408, 429) or status >= 500:
+            raise Retry(words)
+        if not 200 <= status < 300:
+            advice = {401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.",
+                      413: " Lower --batch-size."}
+            raise Failure(f"{self._url} answered with {words}.{advice.get(status, '')}")
+
+
+def _words(payload):
+    """Return the error that a JSON answer states, or the beginning of another answer."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        return str(json.loads(payload)["error"])
+    return repr(payload[:80].decode(errors="replace"))
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 def send(delivery, sender, batch_size):
-    """Deliver every line; return (events accepted, lines rejected), or raise Failure naming the lines that were not
-    delivered."""
-    accepted = 0
-    last, end = 0, 0  # the last line that is being sent, and where it ends in the file
-    rejects, progress = Rejects(delivery), Progress(delivery.size)
-    pending = collections.deque()  # (batch, future), in the order of the file
-
-    def settle():
-        nonlocal accepted
-        batch, future = pending[0]
-        future.result()
-        pending.popleft()
-        rejects.add(batch)
-        accepted += batch.accepted
-        progress.show(accepted, batch.offsets[-1])
-
-    with concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS) as threads:
-        try:
-            sender.ask()
-            for batch in read_batches(delivery, batch_size):
-                pending.append((batch, threads.submit(sender.deliver, batch)))
-                last, end = batch.last, batch.offsets[-1]
-                if len(pending) == BATCHES_AHEAD:
-                    settle()
-            while pending:
-                settle()
-        except Failure as failure:
-            sender.stop()
-            missing = [(batch.undelivered, batch.last) for batch, future in pending if future.exception()]
-            if end < delivery.size:
-                missing.append((last + 1, None))
-            raise Failure(f"{failure}\nNot delivered: {describe_lines(missing)}.") from failure
-        finally:
-            sender.stop()
-            progress.clear()
-    rejects.publish()
-    return accepted, rejects.count
+    """Deliver every line, or raise Failure or OSError."""
+    progress = Progress(delivery.size)
+    try:
+        for batch, errors in sender.answers(read_batches(delivery, batch_size if sender.ask() else 1)):
+            delivery.settle(batch, errors)
+            progress.show(delivery.accepted, batch.end)
+    finally:
+        sender.stop()
+    delivery.sync_rejected()
 
 
-def describe_lines(ranges):
-    """Return words for ascending ranges (first, last) of line numbers; last is None for the end of the file."""
-    merged = []
-    for first, last in ranges:
-        if merged and merged[-1][1] == first - 1:
-            first = merged.pop()[0]
-        merged.append((first, last))
-    return ", ".join([f"every line from {first} on" if last is None else f"lines {first} to {last}" if last > first
-                      else f"line {first}" for first, last in merged]) or "nothing"
+class Parser(argparse.ArgumentParser):
+    """A parser of command lines that prints as everything here is printed."""
+
+    def _print_message(self, message, file=None):
+        for line in message.splitlines():
+            write(file or sys.stderr, line)
 
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Send the events of a file to the server, each exactly once, then exit. A client that was stopped "
                     "goes on where it was when it is started again.",
         epilog="Example: python client.py events.jsonl --url http://localhost:8000/liveEvent. EVENTS_AUTHORIZATION is "
                "sent as the Authorization header.")
     parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
     parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1000, metavar="LINES",
-                        help="at most so many events a request (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES",
+                        help="at most so many lines a request (default: %(default)s)")
     parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS",
                         help="stop after so long without any success (default: %(default)s)")
     parser.add_argument("--restart", action="store_true",
@@ -434,38 +449,43 @@ def parse_command_line(arguments):
         parser.error("--give-up-after must not be negative")
     try:
         url = urllib.parse.urlsplit(options.url)
-        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        valid = (url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
+                 and re.fullmatch("[!-~]+", options.url))
     except ValueError:
         valid = False
-    if not valid or not re.fullmatch("[!-~]+", options.url):
-        parser.error(f"--url must look like http://localhost:8000/liveEvent, not {options.url}")
+    if not valid:
+        parser.error("--url must look like http://localhost:8000/liveEvent; a password belongs in EVENTS_AUTHORIZATION")
+    if url.scheme == "https" and not hasattr(http.client, "HTTPSConnection"):
+        parser.error("--url cannot begin with https: this Python has no ssl module")
     return options
 
 
 def main(arguments=None):
     """Run the command line and return its exit status."""
+    for number in signal.SIGINT, signal.SIGTERM:  # at once: .delivery is all that the next run needs
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     options = parse_command_line(arguments)
-    begun = time.monotonic()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once: .delivery is all that the next run needs
+    begun, delivery = time.monotonic(), None
     try:
+        sender = Sender(options.url, options.give_up_after)
         delivery = Delivery(options.file, options.restart)
-        if delivery.resumed:
-            print(f"{options.file}: going on with the delivery that was interrupted.", file=sys.stderr)
-        sender = Sender(options.url, delivery.producer, options.give_up_after)
-        accepted, rejected = send(delivery, sender, options.batch_size)
-        # The receipt comes before the delivery is forgotten: killed without it, the client is run again and goes on.
-        print(f"{accepted:,} events accepted, {rejected:,} rejected, in {time.monotonic() - begun:.1f} s", flush=True)
-        delivery.close()
+        send(delivery, sender, options.batch_size)
+        # The receipt comes before the delivery is forgotten: a client that is killed in between goes on when run again.
+        seconds = time.monotonic() - begun
+        say(f"{delivery.accepted:,} events accepted, {delivery.rejected:,} rejected, in {seconds:.1f} s")
+        if delivery.rejected:
+            warn(f"The rejected lines are in {delivery.rejected_path}; mend them, then send that file.")
+        delivery.end()
+        return 1 if delivery.rejected else 0
     except Failure as failure:
-        print(failure, file=sys.stderr)
-        return 1
+        warn(str(failure))
     except OSError as error:
-        print(f"{error.filename or options.file}: {error.strerror}.", file=sys.stderr)
-        return 1
-    if rejected:
-        print(f"The rejected lines are in {options.file}.rejected; mend them, then send that file.", file=sys.stderr)
-    return 1 if rejected else 0
+        warn(f"{error.filename or options.file}: {error.strerror}. client.py must be able to read {options.file} and "
+             "to write and sync files beside it; see to that, then run this command again.")
+    if delivery:
+        warn(f"Delivery is unknown from line {delivery.answered + 1} on.")
+    return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # sys.exit would wait for threads whose requests hang; no output is left in a buffer

@@ -346,6 +346,15 @@ def opened_log(path):
         os.close(log._fd)
 
 
+@contextlib.contextmanager
+def opened_delivery(path, restart=False):
+    """Return a context with the Delivery of a file in this process."""
+    with silence():
+        delivery = client_module.Delivery(str(path), restart)
+    with delivery._file, delivery._state:
+        yield delivery
+
+
 class Server:
     """A running server.py with a log of its own; patch is Python that runs before main()."""
 
@@ -569,6 +578,29 @@ class Recorder:
         self._server.server_close()
 
 
+@contextlib.contextmanager
+def dribbling(method):
+    """Return a context with the URL of a server that takes batches, and answers requests of a method with a byte each
+    half second."""
+    def serve(wire):
+        with wire, contextlib.suppress(OSError):
+            request = wire.recv(65536)
+            answer = b"HTTP/1.1 204 No Content\r\nAccept-Post: application/x-ndjson\r\nConnection: close\r\n\r\n"
+            if not request.startswith(method):
+                return wire.sendall(answer)
+            for byte in answer[:17] + b"a" * 1000:
+                wire.sendall(bytes([byte]))
+                time.sleep(0.5)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/liveEvent"
+
+
 # ---- Tools: faults --------------------------------------------------------------------------------------------------
 
 class FaultySystem:
@@ -616,6 +648,39 @@ class FaultySystem:
             state["named"] = name == "fsync"  # the directory is synced after the log was opened
         if due and fault == "killed after":
             os._exit(9)
+        return result
+
+
+class FaultyCalls:
+    """The os or fcntl module of a client with one call, counted over both, that fails, is short, or is the last one."""
+
+    CALLS = ("open", "fstat", "stat", "pread", "write", "ftruncate", "fsync", "unlink", "flock", "close")
+
+    def __init__(self, module, calls):
+        self._module, self._calls = module, calls
+
+    def __getattr__(self, name):
+        real = getattr(self._module, name)
+        return (lambda *arguments, **options: self._call(name, real, *arguments, **options)) if (
+            name in self.CALLS) else real
+
+    def _call(self, name, real, *arguments, **options):
+        calls = self._calls
+        calls.count += 1
+        due = calls.count == calls.at
+        if due and calls.fault == "killed before":
+            os._exit(9)
+        if due and isinstance(calls.fault, int):
+            raise OSError(calls.fault, "fault")
+        if due and calls.fault == "short" and name == "write":
+            real(arguments[0], arguments[1][:len(arguments[1]) // 2])
+            os._exit(9)
+        result = real(*arguments, **options)
+        if due and calls.fault == "killed after":
+            os._exit(9)
+        if name == "fsync":
+            status = os.fstat(arguments[0])
+            calls.synced.add((status.st_dev, status.st_ino))
         return result
 
 
@@ -800,14 +865,12 @@ class Pipeline(SystemTest):
         server = Server(self)
         bad = [b"nonsense\n", b'{"userId": "user1", "name": "add_revenue", "value": "1"}\n']
         events = self.path("events.jsonl", EVENT + b"\n" + bad[0] + b"\n" + EVENT + b"\r\n" + bad[1] + EVENT)
-        self.path("events.jsonl.rejected", "older")
         output, errors = self.client("--url", server.url, "--batch-size", 2, status=1)
         self.assertIn("3 events accepted, 2 rejected", output)
         self.assertIn("events.jsonl:2: not JSON", errors)
         self.assertIn("events.jsonl:5: value must be a number\n", errors)
-        self.assertEqual(self.path("events.jsonl.rejected").read_bytes(), b"".join(bad))
-        self.assertEqual(sorted(path.name for path in self.directory.glob("events.jsonl*")),
-                         ["events.jsonl", "events.jsonl.rejected"])
+        _, rejected = sorted(self.directory.glob("events.jsonl*"))
+        self.assertEqual(rejected.read_bytes(), b"".join(bad))
         self.assertEqual(sorted(sequence for _, sequence in ids_in(server.log)), [1, 4, 6])
         self.assertEqual(events.read_bytes().count(b"\n"), 5)
 
@@ -838,7 +901,7 @@ class Pipeline(SystemTest):
         logs = sorted(self.directory.glob("server-events.jsonl*"))
         self.assertGreater(len(logs), 5)
         self.assertEqual(len({log.read_text().partition("\n")[0] for log in logs}), len(logs))
-        for ending in (".0.gz", ".delivery", ".rejected"):
+        for ending in (".0.gz", ".delivery", ".rejected-p"):
             self.path(f"server-events.jsonl{ending}", EVENT + b"\n")
         _, errors = self.processor()
         self.assertEqual(errors, "server-events.jsonl.0.gz: compressed, left alone.\n")
@@ -1519,19 +1582,20 @@ class Durability(SystemTest):
                     pass
         self.assertEqual(steps, 2 * ["sync directory"])
 
-    def test_the_client_syncs_whatever_it_renames(self):
+    def test_the_client_syncs_what_it_needs_after_a_power_cut(self):
         steps = []
 
         def trace(name, real):
             return lambda *arguments: (steps.append(name), real(*arguments))[1]
         answer = trace("request", lambda *_: (200, {}, b'{"accepted": 0, "rejected": [{"line": 1, "error": "wrong"}]}'))
-        calls = {"fsync": self.traced_fsync(steps), "replace": trace("rename", os.replace),
-                 "unlink": trace("unlink", os.unlink)}
-        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        self.path("events.jsonl", EVENT)
+        calls = {"fsync": self.traced_fsync(steps), "unlink": trace("unlink", os.unlink)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
         with Recorder(options=[BATCHES], post=answer) as server, silence(), unittest.mock.patch.multiple(os, **calls):
-            self.assertEqual(client_module.main([str(self.path("events.jsonl", EVENT)), "--url", server.url]), 1)
-        publish = ["sync file", "rename", "sync directory"]
-        self.assertEqual(steps, [*publish, "request", *publish, "unlink", "sync directory"])
+            self.assertEqual(client_module.main([str(self.path("events.jsonl")), "--url", server.url]), 1)
+        sync = ["sync file", "sync directory"]
+        self.assertEqual(steps, [*sync, "unlink", "request", *sync, "unlink", "sync directory"])
 
     def small_disk(self):
         """Return a directory on a disk of 64 KiB, or None where none can be mounted."""
@@ -2406,19 +2470,48 @@ class Http(SystemTest):
 class Client(SystemTest):
     """The delivery of a file."""
 
+    def setUp(self):
+        super().setUp()
+        self.state = self.path("events.jsonl.delivery")
+
+    def run_client(self, *arguments, patch="", **options):
+        """Run client.py, after some lines of Python have changed it, and return its status, stdout and stderr."""
+        code, environment = patched("client", patch)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        run = subprocess.run([sys.executable, *code, *map(str, arguments)], cwd=self.directory, timeout=60, text=True,
+                             env=os.environ | environment | options.pop("environment", {}), **options)
+        self.assertNotIn("Traceback", run.stderr or "")
+        return run.returncode, run.stdout, run.stderr
+
+    def interrupted(self, *arguments):
+        """Begin a delivery that finds no server, and return the producer id that it keeps."""
+        self.client(*arguments, "--url", f"http://localhost:{free_port()}/liveEvent", "--give-up-after", 0, status=1)
+        return json.loads(self.state.read_text())["producerId"]
+
+    def rejected_files(self):
+        """Return the contents of the files of rejected lines, the oldest first."""
+        files = sorted(self.directory.glob("events.jsonl.rejected-*"), key=lambda path: path.stat().st_mtime_ns)
+        return [path.read_bytes() for path in files]
+
+    # -- one delivery of a file --
+
     def test_a_second_client_on_the_same_file_is_refused(self):
         write_events(self.path("events.jsonl"), 3)
         nowhere = "--url", f"http://localhost:{free_port()}/liveEvent"
         self.start("client.py", *nowhere)
-        wait_until(self.path("events.jsonl.delivery").exists, "the first client waits for a server")
-        _, errors = self.client(*nowhere, "--give-up-after", 0, status=1)
-        self.assertIn("is being sent by another client", errors)
+        wait_until(lambda: self.state.exists() and self.state.read_text(), "the first client waits for a server")
+        before = {path: path.read_bytes() for path in self.directory.iterdir()}
+        for arguments in ([], ["--restart"]):
+            with self.subTest(arguments=arguments):
+                _, errors = self.client(*nowhere, "--give-up-after", 0, *arguments, status=1)
+                self.assertIn("is being sent by another client", errors)
+                self.assertEqual({path: path.read_bytes() for path in self.directory.iterdir()}, before)
 
     def test_a_file_that_was_replaced_while_it_was_sent_is_not_sent_by_another_client(self):
         self.path("events.jsonl", EVENT + b"\n")
         url = f"http://127.0.0.1:{free_port()}/liveEvent"
         first = self.start("client.py", "--url", url)
-        wait_until(self.path("events.jsonl.delivery").exists, "the first client has begun")
+        wait_until(lambda: self.state.exists() and self.state.read_text(), "the first client has begun")
         self.path("new", EVENT + b"\n").rename(self.path("events.jsonl"))
         _, errors = self.client("--restart", "--url", url, status=1)
         self.assertIn("is being sent by another client", errors)
@@ -2426,38 +2519,285 @@ class Client(SystemTest):
         _, errors = self.client("--url", url, "--give-up-after", "0", status=1)
         self.assertIn("going on", errors)
 
-    def test_it_waits_for_a_server_that_is_not_up_yet(self):
-        port = free_port()
-        events = write_events(self.path("events.jsonl"), 3)
-        client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
-        wait_until(self.path("events.jsonl.delivery").exists, "the client has begun")
-        events.write_bytes(events.read_bytes() + EVENT)  # what is appended now belongs to another delivery
-        Server(self, port=port)
-        self.assertEqual(client.communicate(timeout=20)[0][:17], "3 events accepted")
+    def test_a_client_that_opened_a_removed_delivery_opens_it_anew(self):
+        self.path("events.jsonl", EVENT)
+        removed, flock = [], fcntl.flock
 
-    def test_a_file_that_is_shortened_meanwhile_is_not_taken_for_delivered(self):
-        port = free_port()
-        events = write_events(self.path("events.jsonl"), 3)
-        client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
-        wait_until(self.path("events.jsonl.delivery").exists, "the client has begun")
-        os.truncate(events, events.read_bytes().index(b"\n") + 1)
-        Server(self, port=port)
-        self.assertIn("was shortened", client.communicate(timeout=20)[1])
-        self.assertEqual((client.returncode, self.path("events.jsonl.delivery").exists()), (1, True))
+        def remove_once(file, operation):
+            if not removed:
+                removed.append(os.unlink(self.state))  # as a client does that is done just now
+            flock(file, operation)
+        with unittest.mock.patch.object(client_module.fcntl, "flock", remove_once), \
+                opened_delivery(self.path("events.jsonl")) as delivery:
+            self.assertEqual(json.loads(self.state.read_text())["producerId"], delivery.producer)
 
-    def test_a_rejected_line_that_is_cut_off_meanwhile_is_reported_all_the_same(self):
-        events = self.path("events.jsonl", b"x\n")
-        with unittest.mock.patch.object(client_module, "publish"), silence():
-            delivery = client_module.Delivery(str(events))
-            batch, = client_module.read_batches(delivery, 1)
-            batch.rejected.append((1, "wrong"))
-            os.truncate(events, 0)
-            rejects = client_module.Rejects(delivery)
-            rejects.add(batch)
-            rejects.publish()
-        self.assertEqual((rejects.count, self.path("events.jsonl.rejected.new").read_bytes()), (1, b"\n"))
-        delivery.file.close()
-        delivery._state.close()
+    def test_a_file_that_somebody_else_has_locked_is_sent(self):
+        server = Server(self)
+        with open(self.path("events.jsonl", EVENT + b"\n"), "rb") as moved_log:
+            fcntl.flock(moved_log, fcntl.LOCK_EX)
+            self.client("--url", server.url, "--give-up-after", 5)
+        self.assertEqual(len(ids_in(server.log)), 1)
+
+    def test_a_file_has_one_delivery_whichever_link_leads_to_it(self):
+        self.path("elsewhere").mkdir()
+        self.path("events.jsonl", EVENT + b"\n")
+        self.path("elsewhere/link").symlink_to("../events.jsonl")
+        producer = self.interrupted("elsewhere/link")
+        server = Server(self)
+        self.client("--url", server.url)
+        self.assertEqual(ids_in(server.log), [(producer, 1)])
+
+    def test_a_delivery_that_was_given_up_is_continued_later(self):
+        events = write_events(self.path("events.jsonl"), 30)
+        nowhere = f"http://localhost:{free_port()}/liveEvent"
+        _, errors = self.client("--url", nowhere, "--give-up-after", "0.2", status=1)
+        self.assertIn("\nDelivery is unknown from line 1 on.\n", errors)
+        self.assertIn("Connection refused", errors)
+        state = json.loads(self.state.read_text())
+        self.assertEqual((state["size"], state["sha256"]),
+                         (events.stat().st_size, hashlib.sha256(events.read_bytes()).hexdigest()))
+        server = Server(self)
+        self.client("--url", server.url)
+        self.assertEqual({producer for producer, _ in ids_in(server.log)}, {state["producerId"]})
+
+    def test_a_delivery_that_an_older_client_began_is_continued(self):
+        self.path("events.jsonl", EVENT + b"\n")
+        producer = self.interrupted()
+        self.state.write_text(self.state.read_text().rstrip("\n"))
+        server = Server(self)
+        self.client("--url", server.url)
+        self.assertEqual(ids_in(server.log), [(producer, 1)])
+
+    def test_it_refuses_to_go_on_with_a_changed_file_until_it_is_told_to_restart(self):
+        server, state = Server(self), self.state
+        events = write_events(self.path("events.jsonl"), 3)
+        changes = {"a line was added": (lambda: events.write_bytes(events.read_bytes() + EVENT), "has changed"),
+                   "a byte was changed": (lambda: events.write_bytes(
+                       events.read_bytes().replace(b': "user', b': "User')), "has changed"),
+                   "the producer id is empty": (lambda: state.write_text(
+                       re.sub(r'Id": "[^"]+"', 'Id": ""', state.read_text())), "cannot be understood"),
+                   "the state is not UTF-8": (lambda: state.write_bytes(b"\xff{\n"), "cannot be understood"),
+                   "the state is an array": (lambda: state.write_text("[]\n"), "cannot be understood"),
+                   "the state is an empty line": (lambda: state.write_text("\n"), "cannot be understood"),
+                   "the state is nested too deep": (lambda: state.write_text("[" * 100_000 + "\n"),
+                                                    "cannot be understood")}
+        for case, (change, words) in changes.items():
+            with self.subTest(case):
+                self.interrupted("--restart")
+                change()
+                before = state.read_bytes()
+                _, errors = self.client("--url", server.url, status=1)
+                self.assertIn(words, errors)
+                self.assertIn("--restart", errors)
+                self.assertEqual(state.read_bytes(), before)
+        self.assertFalse(server.log.read_bytes())
+        self.client("--url", server.url, "--restart")
+        self.assertEqual(len(ids_in(server.log)), 4)
+
+    # -- killed or failing at any call --
+
+    def deliver_with(self, sent, fault=None, at=0, restart=False):
+        """Run the client in a child in which one call goes wrong; return its status, or None when it made fewer calls.
+
+        The server is a stand-in that adds (producer id, sequence, line) to the file sent, and rejects lines without a
+        brace.
+        """
+        calls = types.SimpleNamespace(count=0, fault=fault, at=at, synced=set())
+        systems = {name: FaultyCalls(getattr(client_module, name), calls) for name in ("os", "fcntl")}
+
+        def exchange(_sender, method, body, headers):
+            if method == "OPTIONS":
+                return BATCHES
+            synced = {path for path in (self.state, self.directory)
+                      if (path.stat().st_dev, path.stat().st_ino) in calls.synced}
+            if synced != {self.state, self.directory} or not self.state.read_bytes().endswith(b"\n"):
+                os._exit(98)
+            lines, first = body.split(b"\n")[:-1], int(headers["Sequence"])
+            with open(sent, "a") as file:
+                file.writelines(f"{headers['Producer-Id']} {number} {line.decode()}\n"
+                                for number, line in enumerate(lines, first) if b"{" in line)
+            bad = [{"line": number, "error": "bad"} for number, line in enumerate(lines, 1) if b"{" not in line]
+            return 200, {}, json.dumps({"accepted": len(lines) - len(bad), "rejected": bad}).encode()
+
+        def run():
+            sys.stdout = sys.stderr = None
+            with unittest.mock.patch.multiple(client_module, **systems), \
+                    unittest.mock.patch.object(client_module.Sender, "_exchange", exchange):
+                status = client_module.main([str(self.path("events.jsonl")), "--batch-size", "2"]
+                                            + ["--restart"] * restart)
+            os._exit(97 if fault and calls.count < at else status)
+        status = run_in_child(run)
+        self.assertNotIn(status, (98, 99), "sent before .delivery was safe" if status == 98 else "an exception")
+        return None if status == 97 else status
+
+    LINES = b"".join(b'{"line": %d}\n' % number for number in range(1, 5)) + b"bad\n"
+
+    def begin_with(self, fault, at):
+        """Run the client on fresh files with one call that goes wrong; return its status and the file it sent to."""
+        for path in self.directory.iterdir():
+            path.unlink()
+        self.path("events.jsonl", self.LINES)
+        sent = self.path("sent", b"")
+        return self.deliver_with(sent, fault, at), sent
+
+    def assertSentOnce(self, sent, lines=LINES):
+        """Check that every line was sent under one id, and that the bad one was collected once."""
+        entries = {tuple(line.split(" ", 2)) for line in sent.read_text().splitlines()}
+        texts = sorted(text for _, _, text in entries)
+        self.assertEqual(texts, sorted(line for line in lines.decode().splitlines() if "{" in line))
+        self.assertEqual(self.rejected_files(), [b"bad\n"])
+
+    def test_no_call_that_fails_or_is_the_last_one_loses_or_doubles_a_line(self):
+        for fault in (errno.EIO, errno.ENOSPC, "short", "killed before", "killed after"):
+            for at in itertools.count(1):
+                status, sent = self.begin_with(fault, at)
+                if status is None:
+                    break
+                with self.subTest(fault=fault, call=at):
+                    if self.state.exists():  # else nothing was sent, or the delivery is complete
+                        self.assertEqual(self.deliver_with(sent), 1)
+                    elif not sent.read_bytes():
+                        self.assertEqual(self.deliver_with(sent), 1)
+                    self.assertSentOnce(sent)
+            self.assertGreater(at, 20, "the faults were not injected")
+
+    def test_a_file_that_changed_after_a_kill_is_sent_once_or_refused(self):
+        other = b'{"line": 9}\nbad\n'
+        changes = {"replaced": lambda events: self.path("new", other).rename(events),
+                   "cut": lambda events: os.truncate(events, self.LINES.index(b"\n") + 1),
+                   "appended": lambda events: events.write_bytes(self.LINES + other)}
+        for case, change in changes.items():
+            for at in itertools.count(1):
+                status, sent = self.begin_with("killed before", at)
+                if status is None:
+                    break
+                began = self.state.exists() and self.state.read_bytes().endswith(b"\n")
+                before = sent.read_bytes()
+                if not began and before:
+                    break  # the delivery was complete
+                change(self.path("events.jsonl"))
+                with self.subTest(case, call=at):
+                    if began:
+                        self.assertEqual(self.deliver_with(sent), 1)
+                        self.assertEqual(sent.read_bytes(), before)
+                    sent.write_bytes(b"")
+                    self.deliver_with(sent, restart=began)
+                    texts = [line.split(" ", 2)[2] for line in sent.read_text().splitlines()]
+                    lines = self.path("events.jsonl").read_text().splitlines()
+                    self.assertEqual(sorted(texts), sorted(line for line in lines if "{" in line))
+            self.assertGreater(at, 20, "the kills were not injected")
+
+    def test_a_torn_delivery_never_needs_restart(self):
+        self.path("events.jsonl", EVENT + b"\n")
+        self.interrupted()
+        line = self.state.read_bytes()
+        self.path("events.jsonl", EVENT + b"\n" + EVENT + b"\n")
+        for length in range(len(line)):
+            self.state.write_bytes(line[:length])
+            with opened_delivery(self.path("events.jsonl")) as delivery:
+                self.assertEqual(json.loads(self.state.read_text())["producerId"], delivery.producer)
+                self.assertNotIn(delivery.producer.encode(), line)
+
+    def test_a_directory_that_cannot_be_synced_is_no_failure(self):
+        self.path("events.jsonl", EVENT)
+        patch = ("import errno, os, stat\nreal = os.fsync\n"
+                 "def fsync(fd):\n if stat.S_ISDIR(os.fstat(fd).st_mode): raise OSError(errno.{0}, '{0}')\n real(fd)\n"
+                 "os.fsync = fsync")
+        server = Server(self)
+        for reason, status in (("EINVAL", 0), ("ENOTSUP", 0), ("EIO", 1)):
+            with self.subTest(reason):
+                before = len(ids_in(server.log))
+                self.assertEqual(self.run_client("--url", server.url, patch=patch.format(reason))[0], status)
+                self.assertEqual(len(ids_in(server.log)) - before, 1 - status)
+
+    # -- rejected lines --
+
+    def test_the_rejected_lines_of_an_earlier_delivery_are_kept(self):
+        server = Server(self)
+        self.path("events.jsonl", b"monday\n" + EVENT)
+        _, errors = self.client("--url", server.url, status=1)
+        name = re.search(r"The rejected lines are in (\S+); mend them, then send that file\.\n$", errors)[1]
+        self.assertEqual(Path(name).read_bytes(), b"monday\n")
+        self.path("events.jsonl", b"tuesday\n" + EVENT)
+        self.client("--url", server.url, status=1)
+        self.assertEqual(self.rejected_files(), [b"monday\n", b"tuesday\n"])
+
+    def test_the_rejected_lines_of_a_continued_delivery_are_not_doubled(self):
+        server = Server(self)
+        for line, rejected in ((b"bad\n", [b"bad\n"]), (EVENT, [])):
+            self.path("events.jsonl", line)
+            producer = self.interrupted()
+            stale = self.path(f"events.jsonl.rejected-{producer}", b"bad\nand what a killed client wrote")
+            self.client("--url", server.url, status=len(rejected))
+            self.assertEqual(self.rejected_files(), rejected)
+            stale.unlink(missing_ok=True)
+
+    def test_a_delivery_is_kept_until_its_results_are_safe(self):
+        seen = []
+
+        def answer(_count, _body):
+            seen.append(self.state.exists())
+            return 200, {}, b'{"accepted": 1, "rejected": [{"line": 2, "error": "wrong"}]}'
+        self.path("events.jsonl", (EVENT + b"\n") * 40)
+        producer = self.interrupted()
+        with Recorder(options=[BATCHES], post=answer) as server:
+            arguments = ["--url", server.url, "--batch-size", "2"]
+            self.path(f"events.jsonl.rejected-{producer}").mkdir()
+            self.client(*arguments, status=1)
+            self.assertTrue(self.state.exists(), "forgotten before the rejected lines were kept")
+            self.path(f"events.jsonl.rejected-{producer}").rmdir()
+            seen.clear()
+            output, _ = self.client(*arguments, status=1)
+            self.assertIn("20 events accepted, 20 rejected", output)
+            self.assertFalse(self.state.exists())
+        self.assertEqual(seen, [True] * 20)
+        self.assertEqual({headers["Producer-Id"] for headers, _ in server.posts}, {producer})
+
+    # -- lines and batches --
+
+    def test_batches_are_the_lines_of_the_file(self):
+        chance = random.Random(5)
+        lines = [b"", b" \t", b"\r", b"x", b"x" * 7, b"\x85\x0b", "é\u2028".encode(), b"x" * 63, b"x" * 64, b"y" * 200]
+        for _ in range(300):
+            text = b"\n".join(chance.choices(lines, k=chance.randrange(60))) + chance.choice([b"", b"\n"])
+            events, size = self.path("events.jsonl", text), chance.choice([1, 2, 5, 100])
+            with unittest.mock.patch.object(client_module, "BATCH_BYTES", 64), \
+                    opened_delivery(events, restart=True) as delivery:
+                batches = list(client_module.read_batches(delivery, size))
+            expected = text.split(b"\n")[:-1] if text.endswith(b"\n") else text.split(b"\n") if text else []
+            sent = [(number, line) for batch in batches
+                    for number, line in enumerate(batch.body.split(b"\n")[:-1], batch.first)]
+            long = {number for number, line in enumerate(expected, 1) if len(line) > 63 and (
+                len(line) > 64 or number < len(expected) or text.endswith(b"\n"))}
+            self.assertEqual(sent, [(number, b"" if number in long else line)
+                                    for number, line in enumerate(expected, 1)])
+            self.assertEqual({batch.first for batch in batches if batch.error}, long)
+            self.assertEqual(sum(batch.events for batch in batches),
+                             sum(bool(line.strip()) for number, line in sent if number not in long))
+            self.assertLessEqual(max((batch.lines for batch in batches), default=0), size)
+            self.assertLessEqual(max((len(batch.body) for batch in batches), default=0), 65)
+            for batch, following in itertools.pairwise(batches):  # none could have been larger
+                self.assertTrue(batch.error or following.error or batch.lines == size
+                                or len(batch.body) + following.body.index(b"\n") + 1 > 64)
+
+    def test_each_line_of_an_odd_file_is_delivered_or_rejected(self):
+        server = Server(self)
+        huge = b'{"userId": "' + b"x" * 1_600_000 + b'"}'
+        bom, long = b"\xef\xbb\xbf" + EVENT, EVENT[:-1] + b', "pad": "' + b"x" * 100_000 + b'"}'
+        files = {"empty": (b"", 0, []), "empty lines": (b"\n\r\n \n", 0, []), "no line end": (EVENT, 1, []),
+                 "CRLF": (EVENT + b"\r\n", 1, []), "a byte order mark": (bom + b"\n" + EVENT, 1, [bom]),
+                 "a line larger than a batch": (huge, 0, [huge]), "a line larger than an event": (long, 0, [long]),
+                 "large lines between others": (b"\n".join([EVENT, huge, long, EVENT]), 2, [huge, long]),
+                 "CR for a line end": (EVENT + b"\r" + EVENT, 0, [EVENT + b"\r" + EVENT])}
+        for case, (content, accepted, rejected) in files.items():
+            with self.subTest(case):
+                for path in self.directory.glob("events.jsonl*"):
+                    path.unlink()
+                self.path("events.jsonl", content)
+                output, _ = self.client("--url", server.url, status=1 if rejected else 0)
+                self.assertIn(f"{accepted} events accepted, {len(rejected)} rejected", output)
+                self.assertEqual(self.rejected_files(), [b"\n".join(rejected) + b"\n"] if rejected else [])
+        self.processor()
 
     def test_reading_ahead_is_bounded(self):
         first, attempts = EVENT.replace(b"user1", b"first"), []
@@ -2481,93 +2821,93 @@ class Client(SystemTest):
             self.client(self.path("large", (padded(60_000) + b"\n") * 30), "--url", server.url)
         self.assertLessEqual(max(len(body) for _, body in server.posts), 512 * 1024)
 
+    def test_a_file_that_is_shortened_meanwhile_is_not_taken_for_delivered(self):
+        port = free_port()
+        events = write_events(self.path("events.jsonl"), 3)
+        client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
+        wait_until(lambda: self.state.exists() and self.state.read_text(), "the client has begun")
+        os.truncate(events, events.read_bytes().index(b"\n") + 1)
+        Server(self, port=port)
+        self.assertIn("was shortened", client.communicate(timeout=20)[1])
+        self.assertEqual((client.returncode, self.state.exists()), (1, True))
+
+    # -- requests --
+
+    def test_it_waits_for_a_server_that_is_not_up_yet(self):
+        port = free_port()
+        events = write_events(self.path("events.jsonl"), 3)
+        client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
+        self.assertIn("Waiting for http://localhost", client.stderr.readline())
+        events.write_bytes(events.read_bytes() + EVENT)  # what is appended now belongs to another delivery
+        Server(self, port=port)
+        output, errors = client.communicate(timeout=20)
+        self.assertEqual((output[:17], errors), ("3 events accepted", f"http://localhost:{port}/liveEvent answers.\n"))
+
     def test_the_random_pause_before_a_retry_doubles(self):
         spans = []
         with Recorder(options=[(503, {}, b"")] * 12 + [BATCHES], post=None) as server, \
                 unittest.mock.patch.object(client_module.random, "uniform", lambda *span: spans.append(span) or 0):
-            client_module.Sender(server.url, "p", 30).ask()
+            self.assertTrue(client_module.Sender(server.url, 30).ask())
         self.assertTrue(all(low < high for low, high in spans))
         self.assertEqual([high for _, high in spans],
                          [min(spans[0][1] * 2**n, client_module.MAX_BACKOFF_SECONDS) for n in range(12)])
 
     def test_it_gives_up_so_long_after_the_last_success(self):
-        success, refusal = (200, {}, b'{"accepted": 1, "rejected": []}'), (400, {}, b'{"error": "words"}')
-        events = str(self.path("events.jsonl", (EVENT + b"\n") * 4))
-        for case, options, second in (("batches", BATCHES, success), ("single events", (404, {}, b""), refusal)):
-            clock, answers = itertools.count(6, 6), {1: success, 3: second, 5: success}
-            now = [0]
+        times = {}
 
-            def answer(count, body):
-                now[0] = next(clock)
-                return answers.get(count, (503, {}, b""))
-            time_of_test = types.SimpleNamespace(monotonic=lambda: now[0])
-            with self.subTest(case), Recorder(options=[options], post=answer) as server, \
-                    unittest.mock.patch.object(client_module, "time", time_of_test):
-                delivery = client_module.Delivery(events)
-                with delivery.file, delivery._state:
-                    batches = list(client_module.read_batches(delivery, 1))
-                sender = client_module.Sender(server.url, delivery.producer, 10)
-                sender.ask()
-                for batch in batches[:3]:
-                    sender.deliver(batch)
-                self.assertRaises(client_module.Failure, sender.deliver, batches[3])
-                self.assertEqual(len(server.posts), 8)
+        def answer(_count, body):
+            times.setdefault(body, time.monotonic())
+            if body.strip() == b"4":
+                return 503, {}, b'{"error": "full"}'
+            time.sleep(0.8)  # three of these take longer than --give-up-after
+            return success
+        self.path("events.jsonl", b"1\n2\n3\n4\n")
+        for case, options, success in (("batches", BATCHES, (200, {}, b'{"accepted": 1, "rejected": []}')),
+                                       ("single events", (404, {}, b""), (200, {}, b""))):
+            times.clear()
+            with self.subTest(case), Recorder(options=[options], post=answer) as server:
+                status, _, errors = self.run_client(
+                    "--url", server.url, "--batch-size", 1, "--give-up-after", 1.5, "--restart",
+                    patch="client.CONCURRENT_REQUESTS = 1")
+                self.assertEqual(status, 1)
+                self.assertIn("Gave up after 1.5 s", errors)
+                self.assertIn("status 503: full", errors)
+                self.assertIn("\nDelivery is unknown from line 4 on.\n", errors)
+                self.assertGreater(time.monotonic() - max(times.values()), 1.4)
 
-    def test_a_server_that_does_not_answer_is_not_waited_for_without_end(self):
-        with socket.create_server(("127.0.0.1", 0)) as silent, \
-                unittest.mock.patch.object(client_module, "REQUEST_SECONDS", 0.1):
-            sender = client_module.Sender(f"http://127.0.0.1:{silent.getsockname()[1]}/liveEvent", "p", 0)
-            self.assertRaises(client_module.Failure, sender.ask)
+    def test_a_server_that_dribbles_is_not_waited_for_without_end(self):
+        for method in (b"OPTIONS", b"POST"):
+            with self.subTest(method), dribbling(method) as url:
+                self.path("events.jsonl", EVENT)
+                begun = time.monotonic()
+                _, errors = self.client("--url", url, "--give-up-after", "1", "--restart", status=1)
+                self.assertIn("Gave up after 1 s", errors)
+                self.assertLess(time.monotonic() - begun, 5)
 
-    def test_progress_is_shown_on_a_terminal_alone(self):
-        for terminal in (True, False):
-            stderr = io.StringIO()
-            stderr.isatty = lambda: terminal
-            with contextlib.redirect_stderr(stderr), unittest.mock.patch.object(
-                    client_module, "time", types.SimpleNamespace(monotonic=itertools.count(0, 5).__next__)):
-                client_module.Progress(1000).show(10, 500)
-            self.assertEqual("10 events, 50%" in stderr.getvalue(), terminal)
+    def test_a_stopped_client_does_not_count_the_time_that_it_stood_still(self):
+        seen = threading.Event()
 
-    def test_a_delivery_that_was_given_up_is_continued_later(self):
-        events = write_events(self.path("events.jsonl"), 30)
-        nowhere = f"http://localhost:{free_port()}/liveEvent"
-        _, errors = self.client("--url", nowhere, "--give-up-after", "0.2", status=1)
-        self.assertIn("Not delivered: every line from 1 on.", errors)
-        state = json.loads(self.path("events.jsonl.delivery").read_text())
-        self.assertEqual((state["size"], state["sha256"]),
-                         (events.stat().st_size, hashlib.sha256(events.read_bytes()).hexdigest()))
-        server = Server(self)
-        self.client("--url", server.url)
-        self.assertEqual({producer for producer, _ in ids_in(server.log)}, {state["producerId"]})
-
-    def test_it_refuses_to_go_on_with_a_changed_file_until_it_is_told_to_restart(self):
-        server = Server(self)
-        events, state = write_events(self.path("events.jsonl"), 3), self.path("events.jsonl.delivery")
-        gone = f"http://localhost:{free_port()}/liveEvent"
-        changes = {"a line was added": lambda: events.write_bytes(events.read_bytes() + EVENT),
-                   "a byte was changed": lambda: events.write_bytes(
-                       events.read_bytes().replace(b': "user', b': "User')),
-                   "the producer id is empty": lambda: state.write_text(
-                       re.sub(r'Id": "[^"]+"', 'Id": ""', state.read_text())),
-                   "the state is not UTF-8": lambda: state.write_bytes(b"\xff{"),
-                   "the state is an array": lambda: state.write_text("[]"),
-                   "the state is nested too deep": lambda: state.write_text("[" * 100_000)}
-        for case, change in changes.items():
-            with self.subTest(case):
-                self.client("--url", gone, "--give-up-after", "0", "--restart", status=1)
-                change()
-                _, errors = self.client("--url", server.url, status=1)
-                self.assertIn("--restart", errors)
-        self.assertFalse(server.log.read_bytes())
-        self.client("--url", server.url, "--restart")
-        self.assertEqual(len(ids_in(server.log)), 4)
+        def answer(_count, _body):
+            seen.set()
+            time.sleep(0.5)
+            return 200, {}, b'{"accepted": 1, "rejected": []}'
+        self.path("events.jsonl", EVENT)
+        with Recorder(options=[BATCHES], post=answer) as server:
+            client = self.start("client.py", "--url", server.url, "--give-up-after", "1")
+            seen.wait(10)
+            client.send_signal(signal.SIGSTOP)
+            time.sleep(2.5)
+            client.send_signal(signal.SIGCONT)
+            self.assertEqual((client.communicate(timeout=20)[1], client.returncode), ("", 0))
 
     def test_a_wrong_secret_stops_it_with_the_words_of_the_server(self):
-        secret = {"EVENTS_AUTHORIZATION": "Bearer s\u00e9cret"}
-        server = Server(self, **secret)
+        secret = {"EVENTS_AUTHORIZATION": "\t Bearer s\u00e9cret "}
+        server = Server(self, EVENTS_AUTHORIZATION="Bearer s\u00e9cret")
         write_events(self.path("events.jsonl"), 3)
-        _, errors = self.client("--url", server.url, status=1)
-        self.assertIn("status 401: the Authorization header is missing or wrong", errors)
+        for wrong in ({}, {"EVENTS_AUTHORIZATION": " "}, {"EVENTS_AUTHORIZATION": "other"}):
+            _, errors = self.client("--url", server.url, status=1, **wrong)
+            self.assertIn("status 401: the Authorization header is missing or wrong. Set EVENTS_AUTHORIZATION", errors)
+            self.assertNotIn("other", errors)
         self.client("--url", server.url, **secret)
         self.assertEqual(len(ids_in(server.log)), 3)
 
@@ -2625,94 +2965,103 @@ class Client(SystemTest):
 
     def test_a_redirect_or_a_refused_batch_is_no_delivery(self):
         elsewhere = {"Location": "/elsewhere"}
-        for status, headers in ((301, elsewhere), (302, elsewhere), (303, {}), (413, {}), (403, {})):
+        for status, headers, advice in ((301, elsewhere, ""), (302, elsewhere, ""), (303, {}, ""), (403, {}, ""),
+                                        (413, {}, " Lower --batch-size.")):
             with self.subTest(status=status), Recorder(options=[BATCHES], post=lambda count, body: (
                     status, headers, b'{"error": "words"}')) as server:
                 self.path("events.jsonl", EVENT)
                 _, errors = self.client("--url", server.url, "--restart", status=1)
-                self.assertIn(f"answered with status {status}: words.\nNot delivered: line 1.", errors)
+                self.assertIn(f"answered with status {status}: words.{advice}\nDelivery is unknown from line 1 on.\n",
+                              errors)
                 self.assertEqual(len(server.posts), 1)
 
     ANSWERS = {"1": (200, {}, b'{"accepted": 1, "rejected": []}'), "2": (401, {}, b""), "3": (503, {}, b""),
                "4": (200, {}, b'{"accepted": 1, "rejected": []}')}  # to the user of each line
 
-    def test_a_refused_batch_ends_the_run_with_the_lines_that_were_not_delivered(self):
-        together, seen = threading.Barrier(4), set()
-
-        def answer(_count, body):
-            user = json.loads(body)["userId"]
-            if user not in seen:
-                seen.add(user)
-                together.wait(5)
-            return self.ANSWERS[user]
+    def test_a_refusal_ends_the_run_with_the_first_line_that_is_unknown(self):
         self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in self.ANSWERS))
-        with Recorder(options=[BATCHES], post=answer) as server:
-            _, errors = self.client("--url", server.url, "--batch-size", 1, "--give-up-after", 1000, status=1)
-        self.assertIn("Not delivered: lines 2 to 3.\n", errors)
+        for case, options in (("batches", BATCHES), ("single events", (404, {}, b""))):
+            with self.subTest(case), Recorder(options=[options], post=lambda count, body: (
+                    self.ANSWERS[json.loads(body)["userId"]] if body else None)) as server:  # it ended in the midst
+                _, errors = self.client("--url", server.url, "--batch-size", 1, "--give-up-after", 1000, status=1)
+                self.assertTrue(errors.endswith("\nDelivery is unknown from line 2 on.\n"), errors)
 
-    def test_a_refused_event_ends_the_run_with_the_lines_that_were_not_delivered(self):
-        self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in self.ANSWERS))
-        with Recorder(options=[(404, {}, b"")],
-                      post=lambda count, body: self.ANSWERS[json.loads(body)["userId"]]) as server:
-            _, errors = self.client("--url", server.url, status=1)
-        self.assertIn("Not delivered: lines 2 to 4.\n", errors)
+    # -- what is printed --
 
-    def test_each_line_of_an_odd_file_is_delivered_or_rejected(self):
+    def test_progress_is_shown_on_a_terminal_alone(self):
+        parent, terminal = os.openpty()
+        self.addCleanup(os.close, parent)
+        self.path("events.jsonl", EVENT + b"\n")
+        patch = ("import itertools, time, types\n"
+                 "client.time = types.SimpleNamespace(sleep=time.sleep, monotonic=itertools.count(0, 5).__next__)")
+        with Recorder(options=[BATCHES],
+                      post=lambda count, body: (200, {}, b'{"accepted": 1, "rejected": []}')) as server:
+            arguments = ("--url", server.url, "--give-up-after", 1000)
+            self.assertEqual(self.run_client(*arguments, patch=patch, stderr=terminal)[0], 0)
+            os.close(terminal)
+            self.assertIn(b"\r\033[K1 events, 100%", os.read(parent, 10_000))
+            self.assertNotIn("100%", self.run_client(*arguments, patch=patch)[2])
+
+    def test_output_that_cannot_be_written_changes_no_outcome(self):
         server = Server(self)
-        huge = b'{"userId": "' + b"x" * 600_000 + b'"}'
-        bom, long = b"\xef\xbb\xbf" + EVENT, EVENT[:-1] + b', "pad": "' + b"x" * 100_000 + b'"}'
-        files = {"empty": (b"", 0, []), "empty lines": (b"\n\r\n \n", 0, []), "no line end": (EVENT, 1, []),
-                 "CRLF": (EVENT + b"\r\n", 1, []), "a byte order mark": (bom + b"\n" + EVENT, 1, [bom]),
-                 "a line larger than a batch": (huge, 0, [huge]), "a line larger than an event": (long, 0, [long]),
-                 "large lines between others": (b"\n".join([EVENT, huge, long, EVENT]), 2, [huge, long]),
-                 "CR for a line end": (EVENT + b"\r" + EVENT, 0, [EVENT + b"\r" + EVENT])}
-        for case, (content, accepted, rejected) in files.items():
-            with self.subTest(case):
-                events = self.path(f"events{secrets.token_hex(4)}", content)
-                output, _ = self.client(events, "--url", server.url, status=1 if rejected else 0)
-                self.assertIn(f"{accepted} events accepted, {len(rejected)} rejected", output)
-                if rejected:
-                    self.assertEqual(Path(f"{events}.rejected").read_bytes(), b"\n".join(rejected) + b"\n")
-        self.processor()
-
-    def test_a_delivery_is_kept_until_its_results_are_safe(self):
-        state, seen = self.path("events.jsonl.delivery"), []
-
-        def answer(_count, _body):
-            seen.append(state.exists())
-            return 200, {}, b'{"accepted": 1, "rejected": [{"line": 2, "error": "wrong"}]}'
-        receiver, gone = os.pipe()
+        receiver, broken = os.pipe()
         os.close(receiver)
-        self.addCleanup(os.close, gone)
-        self.path("events.jsonl", (EVENT + b"\n") * 40)
-        with Recorder(options=[BATCHES], post=answer) as server:
-            arguments = ["--url", server.url, "--batch-size", "2"]
-            self.path("events.jsonl.rejected").mkdir()
-            self.assertIn("Is a directory", self.client(*arguments, status=1)[1])
-            self.assertTrue(state.exists(), "forgotten before the rejected lines were kept")
-            self.path("events.jsonl.rejected").rmdir()
-            subprocess.run([sys.executable, HERE / "client.py", *arguments], cwd=self.directory, stdout=gone,
-                           stderr=subprocess.DEVNULL)
-            self.assertTrue(state.exists(), "forgotten before the receipt was given")
-            self.client(*arguments, status=1)
-            self.assertFalse(state.exists())
-        self.assertEqual(seen, [True] * 60)
-        self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
+        self.addCleanup(os.close, broken)
+        full = os.open("/dev/full", os.O_WRONLY)
+        self.addCleanup(os.close, full)
+        for name, closing in (("stdout", "exec >&-"), ("stderr", "exec 2>&-")):
+            for case, stream in (("broken", broken), ("full", full), ("closed", None)):
+                with self.subTest(name, case=case):
+                    before = len(ids_in(server.log))
+                    self.path("events.jsonl", EVENT + b"\nbad\n")
+                    command = [sys.executable, HERE / "client.py", "--url", server.url]
+                    if stream is None:
+                        command = ["sh", "-c", f'{closing}; exec "$@"', "sh", *command]
+                    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                    run = subprocess.run(command, cwd=self.directory, **streams | ({name: stream} if stream else {}))
+                    self.assertEqual((run.returncode, self.state.exists()), (1, False))
+                    self.assertEqual(len(ids_in(server.log)) - before, 1)
+        self.path("events.jsonl", EVENT)
+        for arguments in (["--url", server.url], ["--help"]):
+            run = subprocess.run([sys.executable, HERE / "client.py", *arguments], cwd=self.directory, stdout=full)
+            self.assertEqual(run.returncode, 0)
 
-    def test_a_delivery_that_ctrl_c_ended_is_continued_later(self):
-        server = Server(self)
-        events = write_events(self.path("events.jsonl"), 100_000)
-        client = self.start("client.py", "--url", server.url, "--batch-size", "50")
-        wait_until(lambda: server.log.stat().st_size > 100_000, "the client is at it")
-        client.send_signal(signal.SIGINT)
-        self.assertEqual((client.communicate(timeout=5), client.returncode), (("", ""), 130))
-        self.client("--url", server.url)
-        self.processor()
-        self.assertRevenue(oracle(events))
+    def test_no_text_from_elsewhere_is_obeyed_by_a_terminal(self):
+        events = self.path("журнал\udcff\033[2J.jsonl", EVENT)
+        words = json.dumps({"error": "a\033[31mb\r\nc\u0085 \u202e \ud800 é"}).encode()
+        with Recorder(options=[(404, {}, b"")], post=lambda count, body: (400, {}, words)) as server:
+            for encoding, name in (("ascii", "\\u0436\\u0443\\u0440\\u043d\\u0430\\u043b"), ("utf-8", "журнал")):
+                with self.subTest(encoding):
+                    _, errors = self.client(events.name, "--url", server.url, "--restart", status=1,
+                                            PYTHONIOENCODING=encoding)
+                    self.assertIn(f"{name}\\udcff\\x1b[2J.jsonl:1: a\\x1b[31mb\\r\\nc\\x85 \\u202e \\ud800 ", errors)
+                    self.assertTrue(errors.replace("\n", "").isprintable())
+
+    def test_no_password_is_printed(self):
+        self.path("events.jsonl", EVENT)
+        cases = {"in --url": (["--url", "http://till:S3cret@localhost:1/liveEvent"], {}, 2),
+                 "in --url, with a slash": (["--url", "http://till:S3cret/x@localhost:1/liveEvent"], {}, 2),
+                 "in the place of the file": (["http://till:S3cret@localhost/"], {}, 1),
+                 "in a mistyped option": (["--ulr", "http://till:S3cret@localhost/"], {}, 2),
+                 "in a header with a line end": ([], {"EVENTS_AUTHORIZATION": "S3cret\r\nX: y"}, 1),
+                 "in a header with a NUL's neighbour": ([], {"EVENTS_AUTHORIZATION": "S3cret\x01"}, 1),
+                 "in a header": (["--url", "http://127.0.0.1:1/"], {"EVENTS_AUTHORIZATION": "S3cret"}, 1),
+                 "in a malformed proxy": (["--url", "http://example.invalid/"], {"http_proxy": "http://u:S3cret"}, 1)}
+        for case, (arguments, environment, status) in cases.items():
+            with self.subTest(case):
+                output, errors = self.client(*arguments, "--give-up-after", 0, status=status, **environment)
+                self.assertNotIn("S3cret", output + errors)
+                self.assertTrue(errors)
+        self.assertIn("EVENTS_AUTHORIZATION has a line end", self.client(status=1, EVENTS_AUTHORIZATION="a\nb")[1])
 
     def test_what_is_typed_wrong_is_said_in_a_sentence(self):
+        os.mkfifo(self.path("pipe"))
+        self.path("e", EVENT)
         cases = {"a missing file": (["missing"], 1, "missing: No such file or directory"),
                  "a directory": ([self.directory], 1, "Is a directory"),
+                 "a pipe": (["pipe"], 1, "pipe is not a regular file."),
+                 "a device": (["/dev/null"], 1, "/dev/null is not a regular file."),
+                 "a directory that is missing": (["missing/e"], 1, "No such file or directory"),
                  "batches of 0": (["--batch-size", "0"], 2, "--batch-size must be"),
                  "batches of 10,001": (["--batch-size", "10001"], 2, "--batch-size must be"),
                  "a negative time": (["--give-up-after", "-1"], 2, "--give-up-after must"),
@@ -2720,11 +3069,60 @@ class Client(SystemTest):
                  "a URL with half an address": (["--url", "http://[::1/"], 2, "--url must look like"),
                  "a URL with a port too large": (["--url", "http://localhost:99999/"], 2, "--url must look like"),
                  "a URL of FTP": (["--url", "ftp://x/"], 2, "--url must look like"),
-                 "a malformed host": ([self.path("e", EVENT), "--url", "http://a..b/liveEvent"], 1, "is malformed")}
+                 "a malformed host": (["e", "--url", "http://a..b/liveEvent"], 1, "is malformed")}
         for case, (arguments, status, words) in cases.items():
             with self.subTest(case):
                 _, errors = self.client(*arguments, status=status)
                 self.assertIn(words, errors)
+
+    def test_a_full_disk_is_said_in_a_sentence(self):
+        self.path("events.jsonl", EVENT)
+        _, _, errors = self.run_client(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)))
+        self.assertIn("events.jsonl: File too large. client.py must be able to read events.jsonl and to write", errors)
+
+    def test_a_missing_module_is_said_in_a_sentence(self):
+        server = Server(self)
+        self.path("events.jsonl", EVENT)
+        run = subprocess.run([sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import client"],
+                             cwd=HERE, capture_output=True, text=True)
+        self.assertEqual((run.returncode, run.stderr),
+                         (1, "client.py locks files with fcntl: it needs Linux or macOS, or WSL on Windows.\n"))
+        without = ["-c", "import sys; sys.modules['ssl'] = None; import client; sys.exit(client.main())"]
+        for url, status, words in (("https://localhost/", 2, "no ssl module"), (server.url, 0, "")):
+            with self.subTest(url):
+                run = subprocess.run([sys.executable, *without, "--url", url], cwd=self.directory, capture_output=True,
+                                     text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+                self.assertEqual((run.returncode, words in run.stderr), (status, True), run.stderr)
+
+    # -- signals --
+
+    def test_a_delivery_that_a_signal_ended_is_continued_later(self):
+        server = Server(self)
+        events = write_events(self.path("events.jsonl"), 100_000)
+        producers = set()
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with self.subTest(number.name):
+                size = server.log.stat().st_size
+                client = self.start("client.py", "--url", server.url, "--batch-size", "50")
+                wait_until(lambda: server.log.stat().st_size > size + 100_000, "the client is at it")
+                client.send_signal(number)
+                output, errors = client.communicate(timeout=5)
+                self.assertEqual((output, client.returncode), ("", status))
+                self.assertNotIn("Traceback", errors)
+                producers.add(json.loads(self.state.read_text())["producerId"])
+        self.client("--url", server.url)
+        self.assertEqual({producer for producer, _ in ids_in(server.log)}, producers)
+        self.processor()
+        self.assertRevenue(oracle(events))
+
+    def test_a_hanging_server_does_not_hold_up_the_end(self):
+        self.path("events.jsonl", EVENT)
+        with dribbling(b"POST") as url:
+            client = self.start("client.py", "--url", url)
+            wait_until(lambda: self.state.exists() and self.state.read_text(), "the client has begun")
+            time.sleep(0.5)
+            client.send_signal(signal.SIGTERM)
+            self.assertEqual((client.wait(2), self.state.exists()), (143, True))
 
 
 # ---- Following and auditing -----------------------------------------------------------------------------------------
