@@ -83,8 +83,7 @@ class Progress:
     """A line on stderr that is written anew a few times a second, after the first, when stderr is a terminal."""
 
     def __init__(self, size):
-        self._size = size
-        self._begun = time.monotonic()
+        self._size, self._begun = size, time.monotonic()
         self._next = self._begun + 1
 
     def show(self, events, done):
@@ -138,7 +137,7 @@ class Delivery:
         self._file = open_regular(self.path, os.O_RDONLY)
         self._state = self._lock()
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        self.size = self._file.tell()
+        self.size = self._file.tell()  # lines that are appended from now on belong to another delivery
         content = {"size": self.size, "sha256": digest}
         self.producer = None if restart else self._unfinished(content)
         if self.producer:
@@ -161,12 +160,11 @@ class Delivery:
             state = open_regular(self._state_path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(state.fileno()), os.stat(self._state_path)):
-                    return state
             except BlockingIOError:
                 raise Failure(f"{self.name} is being sent by another client; wait until it is done.") from None
-            except FileNotFoundError:
-                pass  # that client has just finished and removed it
+            with contextlib.suppress(FileNotFoundError):  # then another client has just finished and removed it
+                if os.path.samestat(os.fstat(state.fileno()), os.stat(self._state_path)):
+                    return state
 
     def _unfinished(self, content):
         """Return the producer id of an unfinished delivery of this content, or None if nothing was sent yet; raise
@@ -192,12 +190,17 @@ class Delivery:
         data = self._file.read(size)
         if len(data) < size:
             raise Failure(f"{self.name} was shortened while it was read. Restore it, then run this command again.")
-        unfinished = offset + size == self.size and not data.endswith(b"\n")
-        return data + b"\n" * unfinished
+        return data + b"\n" * (offset + size == self.size and not data.endswith(b"\n"))
+
+    def end_of_line(self, offset):
+        """Return where the line ends that an offset lies in."""
+        while b"\n" not in (block := self.read(offset, BATCH_BYTES)):
+            offset += len(block)
+        return offset + block.index(b"\n") + 1
 
     def settle(self, batch, errors):
         """Count an answered batch; report and collect its rejected lines, given their errors by their numbers."""
-        numbers, lines = sorted(errors), batch.body.split(b"\n")
+        numbers = sorted(errors)
         for number in numbers:
             warn(f"{self.name}:{number}: {errors[number]}")
         if numbers and self._rejected_file is None:
@@ -206,11 +209,11 @@ class Delivery:
             for offset in range(batch.begin, batch.end, BATCH_BYTES):
                 write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, batch.end - offset)))
         elif numbers:
-            text = b"".join([lines[number - batch.first] + b"\n" for number in numbers])
-            write_all(self._rejected_file, text)
+            lines = batch.body.split(b"\n")
+            write_all(self._rejected_file, b"".join([lines[number - batch.first] + b"\n" for number in numbers]))
         self.rejected += len(numbers)
         self.accepted += batch.events - len(numbers) * (batch.error is None)
-        self.answered += len(lines) - 1
+        self.answered += batch.lines
 
     def sync_rejected(self):
         """Make the collected lines durable, if there are any."""
@@ -246,21 +249,15 @@ def read_batches(delivery, batch_size):
     batch_of_lines = re.compile(rb"(?:.*+\n){1,%d}+" % batch_size)
     first, begin = 1, 0
     while begin < delivery.size:
-        offset, block = begin, delivery.read(begin, BATCH_BYTES)
-        end = offset + len(block)
-        for match in batch_of_lines.finditer(block, 0, block.rfind(b"\n") + 1):
-            batch = Batch(delivery, first, match[0], begin, offset + match.end())
-            if match.start() and batch.lines < batch_size and end < delivery.size:
-                break  # more of its lines may follow the block
-            yield batch
-            first, begin = first + batch.lines, batch.end
-        if begin == offset:
-            while b"\n" not in block:
-                block = delivery.read(end, BATCH_BYTES)
-                end += len(block)
-            end -= len(block) - block.index(b"\n") - 1
-            yield Batch(delivery, first, b"\n", begin, end, f"a line must be at most {BATCH_BYTES // 1024} KiB long")
-            first, begin = first + 1, end
+        body, error = delivery.read(begin, BATCH_BYTES), None
+        if match := batch_of_lines.match(body):
+            body, end = match[0], begin + match.end()
+        else:
+            end = delivery.end_of_line(begin)
+            body, error = b"\n", f"a line must be at most {BATCH_BYTES // 1024} KiB long"
+        batch = Batch(delivery, first, body, begin, end, error)
+        yield batch
+        first, begin = first + batch.lines, end
 
 
 # ---- Requests -------------------------------------------------------------------------------------------------------
@@ -430,18 +427,16 @@ class Parser(argparse.ArgumentParser):
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
     parser = Parser(
-        description="Send the events of a file to the server, each exactly once, then exit. A client that was stopped "
-                    "goes on where it was when it is started again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Send the events of a file to the server, each exactly once. When it was stopped, run it again.",
         epilog="Example: python client.py events.jsonl --url http://localhost:8000/liveEvent. EVENTS_AUTHORIZATION is "
                "sent as the Authorization header.")
-    parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
-    parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES",
-                        help="at most so many lines a request (default: %(default)s)")
-    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS",
-                        help="stop after so long without any success (default: %(default)s)")
-    parser.add_argument("--restart", action="store_true",
-                        help="forget an unfinished delivery and send the whole file as a new one")
+    parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line")
+    parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="where the server takes events")
+    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES", help="at most so many lines a request")
+    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="without any success")
+    parser.add_argument("--restart", action="store_true", help="send the whole file as a new delivery in any case")
+    parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)
     if not 1 <= options.batch_size <= 10_000:
         parser.error("--batch-size must be from 1 to 10000")
