@@ -651,39 +651,6 @@ class FaultySystem:
         return result
 
 
-class FaultyCalls:
-    """The os or fcntl module of a client with one call, counted over both, that fails, is short, or is the last one."""
-
-    CALLS = ("open", "fstat", "stat", "pread", "write", "ftruncate", "fsync", "unlink", "flock", "close")
-
-    def __init__(self, module, calls):
-        self._module, self._calls = module, calls
-
-    def __getattr__(self, name):
-        real = getattr(self._module, name)
-        return (lambda *arguments, **options: self._call(name, real, *arguments, **options)) if (
-            name in self.CALLS) else real
-
-    def _call(self, name, real, *arguments, **options):
-        calls = self._calls
-        calls.count += 1
-        due = calls.count == calls.at
-        if due and calls.fault == "killed before":
-            os._exit(9)
-        if due and isinstance(calls.fault, int):
-            raise OSError(calls.fault, "fault")
-        if due and calls.fault == "short" and name == "write":
-            real(arguments[0], arguments[1][:len(arguments[1]) // 2])
-            os._exit(9)
-        result = real(*arguments, **options)
-        if due and calls.fault == "killed after":
-            os._exit(9)
-        if name == "fsync":
-            status = os.fstat(arguments[0])
-            calls.synced.add((status.st_dev, status.st_ino))
-        return result
-
-
 class FaultyConnection(psycopg2.extensions.connection):
     """A connection that raises an error at one step: before or after a statement, at COMMIT, or just after it.
 
@@ -731,6 +698,39 @@ class FaultyCursor(psycopg2.extensions.cursor):
         self.connection.step()
         super().execute(*arguments)
         self.connection.step()
+
+
+class FaultyCalls:
+    """The os or fcntl module of a client with one call, counted over both, that fails, is short, or is the last one."""
+
+    CALLS = ("open", "fstat", "stat", "pread", "write", "ftruncate", "fsync", "unlink", "flock", "close")
+
+    def __init__(self, module, calls):
+        self._module, self._calls = module, calls
+
+    def __getattr__(self, name):
+        real = getattr(self._module, name)
+        return (lambda *arguments, **options: self._call(name, real, *arguments, **options)) if (
+            name in self.CALLS) else real
+
+    def _call(self, name, real, *arguments, **options):
+        calls = self._calls
+        calls.count += 1
+        due = calls.count == calls.at
+        if due and calls.fault == "killed before":
+            os._exit(9)
+        if due and isinstance(calls.fault, int):
+            raise OSError(calls.fault, "fault")
+        if due and calls.fault == "short" and name == "write":
+            real(arguments[0], arguments[1][:len(arguments[1]) // 2])
+            os._exit(9)
+        result = real(*arguments, **options)
+        if due and calls.fault == "killed after":
+            os._exit(9)
+        if name == "fsync":
+            status = os.fstat(arguments[0])
+            calls.synced.add((status.st_dev, status.st_ino))
+        return result
 
 
 class FaultyProxy:
@@ -2859,7 +2859,7 @@ class Client(SystemTest):
             times.setdefault(body, time.monotonic())
             if body.strip() == b"4":
                 return 503, {}, b'{"error": "full"}'
-            time.sleep(0.8)  # three of these take longer than --give-up-after
+            time.sleep(1)  # three of these take longer than --give-up-after
             return success
         self.path("events.jsonl", b"1\n2\n3\n4\n")
         for case, options, success in (("batches", BATCHES, (200, {}, b'{"accepted": 1, "rejected": []}')),
@@ -2867,13 +2867,13 @@ class Client(SystemTest):
             times.clear()
             with self.subTest(case), Recorder(options=[options], post=answer) as server:
                 status, _, errors = self.run_client(
-                    "--url", server.url, "--batch-size", 1, "--give-up-after", 1.5, "--restart",
+                    "--url", server.url, "--batch-size", 1, "--give-up-after", 2.5, "--restart",
                     patch="client.CONCURRENT_REQUESTS = 1")
                 self.assertEqual(status, 1)
-                self.assertIn("Gave up after 1.5 s", errors)
+                self.assertIn("Gave up after 2.5 s", errors)
                 self.assertIn("status 503: full", errors)
                 self.assertIn("\nDelivery is unknown from line 4 on.\n", errors)
-                self.assertGreater(time.monotonic() - max(times.values()), 1.4)
+                self.assertGreater(time.monotonic() - max(times.values()), 2.4)
 
     def test_a_server_that_dribbles_is_not_waited_for_without_end(self):
         for method in (b"OPTIONS", b"POST"):
@@ -2882,14 +2882,14 @@ class Client(SystemTest):
                 begun = time.monotonic()
                 _, errors = self.client("--url", url, "--give-up-after", "1", "--restart", status=1)
                 self.assertIn("Gave up after 1 s", errors)
-                self.assertLess(time.monotonic() - begun, 5)
+                self.assertLess(time.monotonic() - begun, 10)
 
     def test_a_stopped_client_does_not_count_the_time_that_it_stood_still(self):
         seen = threading.Event()
 
         def answer(_count, _body):
             seen.set()
-            time.sleep(0.5)
+            time.sleep(3)
             return 200, {}, b'{"accepted": 1, "rejected": []}'
         self.path("events.jsonl", EVENT)
         with Recorder(options=[BATCHES], post=answer) as server:
@@ -2898,11 +2898,12 @@ class Client(SystemTest):
             client.send_signal(signal.SIGSTOP)
             time.sleep(2.5)
             client.send_signal(signal.SIGCONT)
-            self.assertEqual((client.communicate(timeout=20)[1], client.returncode), ("", 0))
+            output, errors = client.communicate(timeout=20)
+            self.assertIn("1 events accepted", output, errors)
 
     def test_a_wrong_secret_stops_it_with_the_words_of_the_server(self):
-        secret = {"EVENTS_AUTHORIZATION": "\t Bearer s\u00e9cret "}
-        server = Server(self, EVENTS_AUTHORIZATION="Bearer s\u00e9cret")
+        secret = {"EVENTS_AUTHORIZATION": "Bearer s\u00e9cret"}
+        server = Server(self, **secret)
         write_events(self.path("events.jsonl"), 3)
         for wrong in ({}, {"EVENTS_AUTHORIZATION": " "}, {"EVENTS_AUTHORIZATION": "other"}):
             _, errors = self.client("--url", server.url, status=1, **wrong)
@@ -2910,6 +2911,14 @@ class Client(SystemTest):
             self.assertNotIn("other", errors)
         self.client("--url", server.url, **secret)
         self.assertEqual(len(ids_in(server.log)), 3)
+
+    def test_blanks_around_the_secret_are_not_sent(self):
+        self.path("events.jsonl", EVENT)
+        for secret, sent in (("\t a b \t", "a b"), (" \t", None), ("", None)):
+            with self.subTest(secret), Recorder(options=[BATCHES], post=lambda count, body: (
+                    200, {}, b'{"accepted": 1, "rejected": []}')) as server:
+                self.client("--url", server.url, EVENTS_AUTHORIZATION=secret)
+                self.assertEqual([headers["Authorization"] for headers, _ in server.posts], [sent])
 
     def test_a_server_of_single_events_is_sent_one_at_a_time(self):
         def answer(_count, body):
@@ -3042,7 +3051,7 @@ class Client(SystemTest):
         cases = {"in --url": (["--url", "http://till:S3cret@localhost:1/liveEvent"], {}, 2),
                  "in --url, with a slash": (["--url", "http://till:S3cret/x@localhost:1/liveEvent"], {}, 2),
                  "in the place of the file": (["http://till:S3cret@localhost/"], {}, 1),
-                 "in a mistyped option": (["--ulr", "http://till:S3cret@localhost/"], {}, 2),
+                 "in the place of nothing": (["events.jsonl", "http://till:S3cret@localhost/"], {}, 2),
                  "in a header with a line end": ([], {"EVENTS_AUTHORIZATION": "S3cret\r\nX: y"}, 1),
                  "in a header with a NUL's neighbour": ([], {"EVENTS_AUTHORIZATION": "S3cret\x01"}, 1),
                  "in a header": (["--url", "http://127.0.0.1:1/"], {"EVENTS_AUTHORIZATION": "S3cret"}, 1),
