@@ -1,57 +1,72 @@
 """Apply what is new in the server's logs to each user's revenue in PostgreSQL.
 
 Every event counts exactly once, whatever is killed, run again, run twice at once, copied, cut or rotated in between:
-one transaction adds revenue and the names (producer, sequence) of the events that it came from; see count_once.
+one transaction adds revenue and the ids of the events that it came from. apply_chunk and count_once are that
+transaction; they are the place to start reading.
 
-What an event is, and how the database is reached, is defined here, once; server.py imports both.
+The parts in order: what is printed; an event (its grammar, its rules, its stamp); files; a log and its reader; the
+tally of a slice; exactly once; the database; the run. server.py imports what both scripts must agree on.
 """
 import argparse
-import bisect
 import collections
+import contextlib
 import decimal
-import fcntl
+import errno
 import hashlib
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import secrets
+import shutil
 import signal
+import stat
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from decimal import Decimal
 from pathlib import Path
 
 try:
+    import fcntl
+except ImportError:
+    sys.exit("This program needs Linux or macOS; on Windows, run it in WSL.")
+try:
     import psycopg2
+    import psycopg2.extensions
 except ImportError:
     sys.exit("The PostgreSQL driver is missing; install it with: python -m pip install -r requirements.txt")
 
 DEFAULT_LOG = "server-events.jsonl"
-TABLES = Path(__file__).with_name("create_table.sql")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".Z")
-CLIENT_FILES = (".delivery", ".delivery.new", ".rejected", ".rejected.new")  # client.py's, should it be given a log
+TABLES = Path(__file__).resolve().with_name("create_table.sql")
+DECOMPRESSORS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # modules of the standard library
+COMPRESSED = (*DECOMPRESSORS, ".zst", ".lz4", ".Z")
 
 MAX_EVENT_BYTES = 64 * 1024
-MAX_DEPTH = 100  # levels of nesting: far below every parser's own limit, which moves with the Python and the stack
+MAX_DEPTH = 100  # far below where json itself gives up, which differs by version and stack: all must agree
 MAX_SEQUENCE = 2**53 - 1
 VALUE_LIMIT = 10**18
 VALUE_DIGITS = 18
 
 BLOCK_BYTES = 256 * 1024  # read and decoded at a time
-CHUNK_BYTES = 64 * 1024 * 1024  # one transaction: large, as each one updates every user whom it meets
-CHUNK_SECONDS = 15  # of reading, during which the transaction is idle
-CHUNK_REJECTED = 10_000  # a chunk ends early after so many bad lines, whose reports are kept until it commits
-DIGEST_BYTES = 64 * 1024  # hashed before a position, to know the log again
+CHUNK_BYTES = 128 * 1024 * 1024  # one transaction: large, because each one updates every user in it once
+SLICE_BYTES = 2 * 1024 * 1024  # less than that is not worth a process of its own
+CHUNK_SECONDS = 15  # of reading, during which the transaction is idle: must stay far below IDLE_SECONDS
+KEPT_BYTES = 24 * 1024 * 1024  # of users, spans and bad lines in a chunk; the parent needs several times as much
+SPAN_BYTES, SUM_BYTES = 100, 16  # what a span or a bad line adds to that, and a user besides its id
+DIGEST_BYTES = 64 * 1024  # how much before a position is hashed, to recognise an unchanged log
 
-IDLE_SECONDS = 60  # a processor that vanished with its host, or stands still, holds its locks no longer
-ATTEMPTS = 6  # at one chunk, 0.2 to 3.2 s apart: a PostgreSQL that restarts is back by then
+IDLE_SECONDS = 60  # PostgreSQL ends a transaction idle for so long: a vanished or stopped processor releases its locks
+ATTEMPTS = 6  # without any progress, 0.2 to 3.2 s apart: a PostgreSQL that restarts is back by then
 POLL_SECONDS = 1.0
-PROGRESS_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
-TABLES_LOCK = 0x65766E74  # advisory; "evnt"
+TABLES_LOCK = 0x65766E74  # an advisory lock's key; "evnt"
 
-# 36 digits an amount, and room for 10**64 of them; a sum that still does not fit raises instead of rounding.
+# An amount has at most 18 + 18 digits; 100 hold the sum of 10**64 of them. If one still does not fit, Inexact raises.
 EXACT = decimal.Context(prec=100, traps=[decimal.InvalidOperation, decimal.Overflow, decimal.Inexact])
 
 
@@ -59,12 +74,125 @@ class Failure(Exception):
     """Something in the user's world that ends the run: one sentence that says what to do."""
 
 
+class ChildDied(Failure):
+    """A child process ended before it gave its result: out of memory, or killed."""
+
+
+# ---- What is printed ------------------------------------------------------------------------------------------------
+
+def write(stream, text):
+    """Write text to sys.stdout or sys.stderr at once, as well as the stream can: it may be closed, full or broken, or
+    its encoding may lack a character. Nothing stays in a buffer that could fail at exit or be printed by a child."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(stream.fileno(), text.encode(stream.encoding, "backslashreplace"))
+
+
+def printable(words):
+    """Return words with a backslash escape for every character that a terminal could obey or not show."""
+    return "".join([character if character.isprintable() else ascii(character)[1:-1] for character in words])
+
+
+def say(words):
+    """Print a line to stdout."""
+    write(sys.stdout, printable(words) + "\n")
+
+
+def warn(words):
+    """Print a line to stderr."""
+    write(sys.stderr, printable(words) + "\n")
+
+
+class Troubles:
+    """What is wrong at present: each subject is named on stderr once when its trouble begins and once when it ends."""
+
+    def __init__(self):
+        self._subjects = set()
+
+    def begin(self, subject, words):
+        """Say what is wrong with subject, unless that is known."""
+        if subject not in self._subjects:
+            self._subjects.add(subject)
+            warn(f"{subject}: {words}")
+
+    def end(self, subject, words):
+        """Say that nothing is wrong with subject any more, if something was."""
+        if subject in self._subjects:
+            self._subjects.discard(subject)
+            warn(f"{subject}: {words}")
+
+
+def show_progress(words):
+    """Show words in place of the last ones, if stderr is a terminal, where "" only removes them."""
+    if sys.stderr and sys.stderr.isatty():
+        write(sys.stderr, f"\r{printable(words)}\033[K")
+
+
 # ---- An event -------------------------------------------------------------------------------------------------------
 
-JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')  # unterminated, too: it must be found in linear time
+# The grammar: an event as everyone prints it, with these fields in this order, without escapes, and with one space or
+# none behind ":" and ",". It is a part of what decode_event and amount_of accept, which know all the rest and word the
+# errors. (Possessive quantifiers like *+ give nothing back, so that hostile input takes linear time.)
+EVENT = (rb'\{"userId": ?"([^"\\\x00-\x1f]{1,255}+)", ?"name": ?"(add|subtract)_revenue", ?'
+         rb'"value": ?(-?(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?)')
+STAMP = rb', "producerId": "([A-Za-z0-9_-]{1,64}+)", "sequence": ([1-9][0-9]{0,14}+)'
+PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % EVENT)
+LOG_LINE = re.compile(rb"(?:%b(?:%b)?\}|([^\n]*+))\n" % (EVENT, STAMP))  # the last group holds any other line
+
+STAMP_AT_END = re.compile(rb'(?:, "log": "[0-9a-f]+")?, "producerId": "[^"]+", "sequence": [0-9]+\}$')
+JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')  # also an unterminated one, so that it is found in linear time
 SURROGATE = re.compile("[\ud800-\udfff]")
-PRODUCER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-STAMP = re.compile(rb', (?:"log": "[0-9a-f]+", )?"producerId": "[A-Za-z0-9_-]{1,64}", "sequence": [0-9]{1,16}\}$')
+PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
+NO_ID = ("an event without producerId and sequence, in a log that was changed since it was read: whether it was counted "
+         "cannot be known (move the file aside, and send what is new in it with python client.py FILE)")
+
+
+def is_utf8(data):
+    """Tell whether data is strict UTF-8."""
+    return data.isascii() or data.decode(errors="ignore").encode() == data
+
+
+def is_plain(lines):
+    """Tell whether every line of lines, which end with LF, is an event as everyone prints it, without a stamp."""
+    match = PLAIN_EVENTS.match(lines)
+    return match is not None and match.end() == len(lines) and is_utf8(lines)
+
+
+def stamp(lines, producer, first):
+    """Return lines, each an object and LF, with the event ids (producer, first), (producer, first + 1), … put into
+    them."""
+    template = lines.replace(b"%", b"%%").replace(b"}\n", b', "producerId": "%b", "sequence": %%d}\n' % producer.encode())
+    return template % tuple(range(first, first + lines.count(b"\n")))
+
+
+def add_log_field(lines):
+    """Return lines with a random field "log" in the first one's stamp, so that no two logs begin alike."""
+    at = lines.rindex(b', "producerId": ', 0, lines.index(b"\n"))
+    return b'%b, "log": "%b"%b' % (lines[:at], secrets.token_hex(16).encode(), lines[at:])
+
+
+def as_line(event):
+    """Return the text of an event without LF: line ends around its tokens become spaces, those behind it go."""
+    return event.rstrip().replace(b"\r", b" ").replace(b"\n", b" ")
+
+
+def check_event(line):
+    """Raise ValueError, in words for its sender, unless line is an event that may be sent to the server."""
+    event = decode_event(line)
+    amount_of(event)
+    check_reserved(event)
+
+
+def decode_log_line(line):
+    """Return what LOG_LINE finds in a plain line of a log for any line that is a valid event, or raise ValueError."""
+    event = decode_event(line)
+    amount = str(amount_of(event)).encode()
+    user = json.dumps(event["userId"], ensure_ascii=False)[1:-1].encode()  # a plain user id is written as it is
+    producer, sequence = event.get("producerId"), event.get("sequence")
+    if sequence is None:
+        check_reserved(event)
+        return user, b"add", amount, b"", b"", b""
+    check_id(producer, sequence)
+    return user, b"add", amount, producer.encode(), b"%d" % sequence, b""
 
 
 def _refuse_constant(text):
@@ -74,45 +202,19 @@ def _refuse_constant(text):
 _decode_json = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant).decode
 
 
-def decode_lines(block):
-    """Decode a block of bytes that ends with LF; return a list with, for each line, its JSON object as a dict, None for
-    a blank line, or the ValueError that decode_event raises.
-
-    Decoding many lines as one JSON array takes half the time. That gives the same result when every line is a flat
-    object: the block's only braces open and close its lines, so a line that is no object of its own would make one
-    object fewer than there are lines. (A line over 64 KiB would leave a window of 32 KiB without LF.)
-    """
-    window = MAX_EVENT_BYTES // 2
-    try:
-        text = block.decode()
-        count = text.count("\n")
-        if (text.startswith("{") and text.endswith("}\n") and "[" not in text
-                and text.count("{") == text.count("}") == text.count("}\n{") + 1 == count
-                and all(block.find(b"\n", at, at + window) >= 0 for at in range(0, len(block) - window, window))):
-            events = _decode_json("[" + text[:-1].replace("\n", ",") + "]")
-            if len(events) == count:
-                return events
-    except (ValueError, ArithmeticError):
-        pass  # the line that is at fault is found below
-    return [_decode_or_error(line) for line in block[:-1].split(b"\n")]
-
-
-def _decode_or_error(line):
-    try:
-        return decode_event(line) if line.strip() else None
-    except ValueError as error:
-        return error
-
-
 def decode_event(line):
-    """Return the JSON object in line (bytes, with or without the server's stamp) as a dict with numbers as int or
-    Decimal, or raise ValueError."""
-    if len(line) > MAX_EVENT_BYTES and len(STAMP.sub(b"}", line)) > MAX_EVENT_BYTES:
+    """Return the JSON object in line (bytes, with or without a stamp) as a dict with numbers as int or Decimal, or
+    raise ValueError with the rule that it breaks."""
+    if len(line) > MAX_EVENT_BYTES and len(STAMP_AT_END.sub(b"}", line)) > MAX_EVENT_BYTES:
         raise ValueError("an event must be at most 64 KiB long")
+    if line.startswith(b"\xef\xbb\xbf"):
+        raise ValueError("an event must not begin with a byte order mark (BOM)")
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
+        raise ValueError("an event must be UTF-8, not UTF-16")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+        raise ValueError(f"an event must be UTF-8, which ends at byte {error.start}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _too_deep(text):
         raise ValueError(f"an event must be nested at most {MAX_DEPTH} levels deep")
     try:
@@ -139,53 +241,54 @@ def amount_of(event):
     """Return what the decoded event adds to its user's revenue, an exact int or Decimal, or raise ValueError with the
     rule that it breaks."""
     user, name, value = event.get("userId"), event.get("name"), event.get("value")
-    if (type(user) is not str or not 1 <= len(user) <= 255 or "\0" in user
-            or not user.isascii() and SURROGATE.search(user)):
+    if type(user) is not str or not 1 <= len(user) <= 255 or "\0" in user or SURROGATE.search(user):
         raise ValueError("userId must be a string of 1 to 255 characters, without NUL or a lone surrogate")
-    if type(value) is int:
-        if not -VALUE_LIMIT < value < VALUE_LIMIT:
-            raise ValueError("value must be a number below 10^18")
-    elif type(value) is not Decimal:
+    if type(value) is not int and type(value) is not Decimal:
         raise ValueError("value must be a number")
-    elif value.adjusted() >= VALUE_DIGITS:
+    value = Decimal(value)
+    if value.adjusted() >= VALUE_DIGITS:
         raise ValueError("value must be a number below 10^18")
-    elif value.as_tuple().exponent < -VALUE_DIGITS:
+    if value.as_tuple().exponent < -VALUE_DIGITS:
         raise ValueError("value must have at most 18 decimal places")
     if name == "add_revenue":
         return value
     if name == "subtract_revenue":
-        return -value if type(value) is int else value.copy_negate()  # unary minus would round
+        return value.copy_negate()  # unary minus would round
     raise ValueError("name must be add_revenue or subtract_revenue")
 
 
-def check_name(producer, sequence):
-    """Raise ValueError unless producer and sequence can name an event."""
+def check_id(producer, sequence):
+    """Raise ValueError unless producer and sequence make an event id."""
     if type(producer) is not str or not PRODUCER_ID.fullmatch(producer):
         raise ValueError("producerId must be 1 to 64 of A-Z, a-z, 0-9, _ and -")
     if type(sequence) is not int or not 1 <= sequence <= MAX_SEQUENCE:
         raise ValueError("sequence must be an integer from 1 to 2^53 - 1")
 
 
-def check_unnamed(event):
-    """Raise ValueError if the decoded event has a field with which the server would name it."""
-    if len(event) > 3:
-        for field in ("producerId", "sequence", "log"):
-            if field in event:
-                raise ValueError(f"{field} belongs to the server; name events with the headers Producer-Id and "
-                                 "Sequence")
+def check_reserved(event):
+    """Raise ValueError if the decoded event has a field that the server adds."""
+    for field in ("producerId", "sequence", "log"):
+        if field in event:
+            raise ValueError(f"{field} belongs to the server; give event ids with the headers Producer-Id and Sequence")
 
 
-# ---- A log and its chunks -------------------------------------------------------------------------------------------
+# ---- Files ----------------------------------------------------------------------------------------------------------
 
-def end_of_lines(fd, size):
-    """Return the offset behind the last LF in the first size bytes of the file, 0 when there is none."""
-    while size:
-        start = max(0, size - BLOCK_BYTES)
-        newline = os.pread(fd, size - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        size = start
-    return 0
+def open_regular(path, flags, mode=0o640):
+    """Return a descriptor of the regular file at path, or raise OSError, also if it is anything else."""
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)  # O_NONBLOCK: a named pipe would wait for a writer
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "is not a regular file; name one that is", path)
+
+
+def sync_file(fd):
+    """Return when the file's data is on the disk, or raise OSError."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
+    else:
+        os.fdatasync(fd)
 
 
 def leads_to(path, fd):
@@ -196,539 +299,729 @@ def leads_to(path, fd):
         return False
 
 
-class Progress:
-    """A line on stderr about the reading of a log, written anew a few times a second, after the first, when stderr is a
-    terminal."""
-
-    def __init__(self, name):
-        self._name = name
-        self._begun = time.monotonic()
-        self._next = self._begun + 1
-        self._events = self._bytes = 0
-        self._shown = False
-
-    def show(self, events, size, left):
-        """Count events and bytes that were read just now; left are the bytes still to be read."""
-        self._events += events
-        self._bytes += size
-        now = time.monotonic()
-        if now >= self._next and sys.stderr.isatty():
-            self._next, self._shown = now + PROGRESS_SECONDS, True
-            seconds = now - self._begun
-            print(f"\r{self._name}: {self._events:,} events, {self._bytes / (self._bytes + left):.0%}, "
-                  f"{self._events / seconds:,.0f}/s, {left * seconds / self._bytes:.0f} s left\033[K",
-                  end="", file=sys.stderr, flush=True)
-
-    def clear(self):
-        """Remove the line."""
-        if self._shown:
-            self._shown = False
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def end_of_events(fd, size):
+    """Return the offset where the events in the first size bytes of a log end: behind the last LF or, if what follows
+    is a whole event that lacks only its LF, size."""
+    end = size
+    while end:
+        start = max(0, end - BLOCK_BYTES)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        end = start + newline + 1 if newline >= 0 else start
+        if newline >= 0:
+            break
+    with contextlib.suppress(ValueError):
+        decode_log_line(os.pread(fd, min(size - end, BLOCK_BYTES), end))
+        return size
+    return end
 
 
-class Log:
-    """One log file, open for reading. end is the offset behind the last whole line, unfinished the bytes after it."""
+def rotated_logs(path):
+    """Return the paths of the files that rotation made of the log at path: its name, a dot or a hyphen, a digit, …"""
+    directory, name = os.path.split(path)
+    rotated = re.compile(re.escape(name) + "[.-][0-9].*", re.DOTALL)
+    client_file = re.compile(r"\.(?:delivery|rejected)")  # left beside a rotated log that was sent with client.py
+    entries = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
+    return sorted([os.path.join(directory, entry) for entry in entries
+                   if rotated.fullmatch(entry) and not client_file.search(entry[len(name):])])
+
+
+def decompress(file, suffix):
+    """Return a temporary file with what the compressed file holds, or raise OSError."""
+    unpacked = tempfile.TemporaryFile()
+    try:
+        with importlib.import_module(DECOMPRESSORS[suffix]).open(file) as content:
+            shutil.copyfileobj(content, unpacked)
+        unpacked.flush()
+    except Exception as error:  # each of the modules raises others
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = f"Python cannot read {suffix} files" if suffix not in DECOMPRESSORS else error or type(error).__name__
+        raise OSError(errno.EINVAL, f"cannot be decompressed: {reason}") from error
+    return unpacked
+
+
+# ---- A log ----------------------------------------------------------------------------------------------------------
+
+def usable_cores():
+    """Return on how many cores this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class LogReader:
+    """A log that is open for reading: end is the offset where its events end, unfinished the bytes after that."""
 
     def __init__(self, path):
-        """Open path, or raise OSError."""
+        """Open the log at path, decompressing it if its name says that it is compressed, or raise OSError."""
         self.path = path
-        self.file = open(path, "rb", buffering=0)
-        self.drained = None  # the end up to which this run has applied it
-        self.refused = False  # an event without a name was rejected, as it may have been counted
+        self.file = self.content = open(open_regular(path, os.O_RDONLY), "rb", buffering=0)
         self.log_id = None
-        self.end = self.unfinished = 0
+        self.end = self.unfinished = self._synced = 0
+        if (suffix := os.path.splitext(path)[1]) in COMPRESSED:
+            self.content = decompress(self.file, suffix)
 
-    def take_end(self):
-        """Set end and unfinished, and begin to show progress. The lock keeps out a server that is about to take a
-        failed write back."""
-        fd = self.file.fileno()
+    def close(self):
+        """Close the log."""
+        self.content.close()
+        self.file.close()
+
+    def state(self):
+        """Return what tells this file from others, and what changes when it does."""
+        status = os.fstat(self.file.fileno())
+        return (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
+
+    def find_end(self):
+        """Set end and unfinished. The lock keeps out a server that may take back what it is writing."""
+        fd = self.content.fileno()
         fcntl.flock(fd, fcntl.LOCK_SH)
         try:
             size = os.fstat(fd).st_size
-            self.end = end_of_lines(fd, size)
+            self.end = end_of_events(fd, size)
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
         self.unfinished = size - self.end
-        self.progress = Progress(self.path)
-        if self.end and not self.log_id:
-            # A block holds every line that the server writes.
-            self.log_id = hashlib.sha256(b"".join(self.read(0, BLOCK_BYTES).partition(b"\n")[:2])).digest()
+        if self.end:
+            self.log_id = hashlib.sha256(self.read(0, min(BLOCK_BYTES, self.end)).partition(b"\n")[0] + b"\n").digest()
+
+    def sync(self):
+        """Make what was read durable before it is counted: a power cut could put other lines in its place."""
+        if self._synced < self.end:
+            sync_file(self.file.fileno())
+            self._synced = self.end
 
     def read(self, offset, length):
         """Return length bytes at offset, fewer only at the end of the file."""
-        data = os.pread(self.file.fileno(), length, offset)
-        while 0 < len(data) < length and (more := os.pread(self.file.fileno(), length - len(data), offset + len(data))):
-            data += more
-        return data
+        return os.pread(self.content.fileno(), length, offset)
 
     def digest(self, position):
-        """Return the SHA-256 of the up to 64 KiB before position, or None when the file is shorter."""
+        """Return the SHA-256 of the up to DIGEST_BYTES before position, or None when the file is shorter."""
         start = max(0, position - DIGEST_BYTES)
         data = self.read(start, position - start)
         return hashlib.sha256(data).digest() if len(data) == position - start else None
 
-    def blocks(self, offset):
-        """Yield (offset, whole lines, offset behind them) up to end. Of a line longer than a block only the beginning
-        is kept in memory and yielded, which is still too long to be an event."""
-        while offset < self.end:
-            block = self.read(offset, min(BLOCK_BYTES, self.end - offset))
-            whole = block.rfind(b"\n") + 1
-            if whole:
-                yield offset, block[:whole], offset + whole
-                offset += whole
-                self.progress.show(block.count(b"\n"), whole, self.end - offset)
+    def slices(self, start):
+        """Return pairs of offsets that cut up to CHUNK_BYTES from start on into whole lines: one for each core, or one
+        alone when there is little to read."""
+        size = min(self.end - start, CHUNK_BYTES)
+        count = max(1, min(usable_cores(), size // SLICE_BYTES))
+        cuts = [start] + [self._behind_line(start + size * (i + 1) // count) for i in range(count)]
+        return [(low, high) for low, high in itertools.pairwise(cuts) if low < high]
+
+    def _behind_line(self, offset):
+        while offset < self.end and (data := self.read(offset - 1, BLOCK_BYTES)):
+            if newline := data.find(b"\n") + 1:
+                return min(offset - 1 + newline, self.end)
+            offset += len(data)
+        return self.end
+
+    def blocks(self, start, end):
+        """Yield (offset, whole lines, offset behind them) from start up to end. Of a line longer than a block only the
+        beginning is kept in memory and yielded, which is still too long to be an event."""
+        while start < end and (block := self.read(start, min(BLOCK_BYTES, end - start))):
+            behind = start + len(block)
+            if behind == self.end and not block.endswith(b"\n"):
+                block += b"\n"  # the last event of the log lacks it
+            elif b"\n" in block:
+                block = block[:block.rindex(b"\n") + 1]
+                behind = start + len(block)
             else:
-                start, offset, piece = offset, offset + len(block), block
-                while piece and b"\n" not in piece:
-                    piece = self.read(offset, BLOCK_BYTES)
-                    offset += piece.find(b"\n") + 1 or len(piece)
-                if not piece:
-                    return  # the file was truncated meanwhile
-                yield start, block + b"\n", offset
+                block += b"\n"
+                behind = self._behind_line(behind)
+            yield start, block, behind
+            start = behind
 
 
-class Ranges:
-    """A set of integers as disjoint half-open ranges: the even items of bounds begin one, the odd items end it."""
+# ---- A tally --------------------------------------------------------------------------------------------------------
 
-    def __init__(self):
-        self.bounds = []
+FORK = multiprocessing.get_context("fork")
 
-    def missing(self, low, high):
-        """Return the parts of [low, high) that are not in the set, in order."""
-        first, last = bisect.bisect_left(self.bounds, low), bisect.bisect_right(self.bounds, high)
-        edges = [low] * (first % 2 == 0) + self.bounds[first:last] + [high] * (last % 2 == 0)
-        return [(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
-
-    def add(self, low, high):
-        """Add [low, high). In ascending order each takes the same time, however many ranges there are."""
-        first, last = bisect.bisect_left(self.bounds, low), bisect.bisect_right(self.bounds, high)
-        self.bounds[first:last] = [low] * (first % 2 == 0) + [high] * (last % 2 == 0)
-
-    def __str__(self):
-        """Return an int8multirange literal."""
-        return "{%s}" % ",".join([f"[{low},{high})" for low, high in zip(self.bounds[::2], self.bounds[1::2])])
+# What stands between two offsets of a log. A span (producer, first, end, line) says that the lines from that one on (0
+# is the first) have the event ids from (producer, first) to (producer, end - 1). rejected holds (offset, reason) of each
+# bad line.
+Report = collections.namedtuple("Report", "start end lines events spans rejected")
 
 
-class Chunk:
-    """The events between two offsets of a log, decoded, and not yet counted.
+class Tally:
+    """What the events of a log add up to, from offset start to end, or to where that took CHUNK_SECONDS or would keep
+    more than limit bytes. With ids_only, events without an id are bad lines."""
 
-    users[i] and amounts[i] are one event. A run (producer, first, end, i) says that the events from i on have the names
-    from (producer, first) to (producer, end - 1). Events without a name are named ("", i), which are never the same.
+    def __init__(self, log, start, end, ids_only, limit):
+        self._log, self._ids_only = log, ids_only
+        self._sums, self._counts = {}, collections.Counter()  # of each user id in UTF-8, as JSON writes it
+        spans, rejected, lines, user_bytes = [], [], 0, 0
+        behind, deadline = start, time.monotonic() + CHUNK_SECONDS
+        for offset, block, behind in log.blocks(start, end):
+            users = len(self._sums)
+            for line, rows in read_rows(block, offset, ids_only, rejected):
+                add_spans(spans, rows, offset + line, lines + line)
+                self._add(rows, b"add")
+            lines += block.count(b"\n")
+            user_bytes += sum(map(len, itertools.islice(reversed(self._sums), len(self._sums) - users)))
+            kept = user_bytes + SUM_BYTES * len(self._sums) + SPAN_BYTES * (len(spans) + len(rejected))
+            if kept > limit or time.monotonic() > deadline:
+                break
+        self.report = Report(start, behind, lines, sum(self._counts.values()), spans, rejected)
+
+    def _add(self, rows, plus):
+        """Add the amounts of rows exactly; plus is the sign of those that are not to be negated."""
+        values = [row[2] for row in rows]
+        try:
+            amounts = list(map(int, values))
+        except ValueError:
+            amounts = [Decimal(value.decode()) for value in values]
+        sums = self._sums
+        with decimal.localcontext(EXACT):
+            for row, amount in zip(rows, amounts):
+                sums[row[0]] = sums.get(row[0], 0) + (amount if row[1] == plus else -amount)
+        (self._counts.update if plus == b"add" else self._counts.subtract)([row[0] for row in rows])
+
+    def choose(self, new):
+        """Only the events whose lines are 1 in new, a byte for each line, are to be added up."""
+        self._new = new
+
+    def sums(self):
+        """Return {user: amount} as a JSON text for the chosen events: read the others once more and take them off."""
+        new, at = self._new, 0
+        for offset, block, _ in self._log.blocks(*self.report[:2]) if new.count(1) < self.report.events else ():
+            lines = block.split(b"\n")[:-1]
+            others = new[at:at + len(lines)].translate(b"\1\0" + bytes(254))
+            at += len(lines)
+            block = b"".join([line + b"\n" for line in itertools.compress(lines, others)])
+            for _, rows in read_rows(block, offset, self._ids_only, []):
+                self._add(rows, b"subtract")
+        if at not in (0, len(new)):
+            raise OSError(errno.ESTALE, "was changed while it was read", self._log.path)
+        return b"{%b}" % b",".join([b'"%b":%b' % (user, str(amount).encode())
+                                    for user, amount in self._sums.items() if self._counts[user]])
+
+
+class TallyInChild:
+    """A Tally that is made by a child process. Raises ChildDied, or the OSError that reading the log raised.
+
+    The child ends with its parent, at the next read or write. (The idle workers of a pool outlive a parent that is
+    killed.)
     """
 
-    def __init__(self, log, start, nameless_allowed):
-        """Read log from offset start. Lines without a name are rejected unless nameless_allowed."""
-        self.start = self.end = start
-        self.users, self.amounts, self.runs, self.rejected = [], [], [], []
-        self._log, self._nameless_allowed = log, nameless_allowed
-        self._producer, self._expected = object(), None  # no run has begun
-        deadline = time.monotonic() + CHUNK_SECONDS
-        for offset, block, self.end in log.blocks(start):
-            self._add(offset, block)
-            if (self.end - start >= CHUNK_BYTES or len(self.rejected) >= CHUNK_REJECTED
-                    or time.monotonic() > deadline):
-                break
-        stops = [at for _, _, at in self.runs[1:]] + [len(self.users)]
-        # In the order of their names, in which Ranges are fast.
-        self.runs = sorted([(producer or "", first, first + stop - at, at)
-                            for (producer, first, at), stop in zip(self.runs, stops)])
+    def __init__(self, *arguments):
+        """Begin a Tally."""
+        self._path = arguments[0].path
+        self._pipe, theirs = FORK.Pipe()
+        self._child = FORK.Process(target=self._serve, args=(theirs, arguments), daemon=True)
+        with theirs, warnings.catch_warnings(), self._watched():
+            # Python 3.12 warns of forking beside a thread. The only other one waits for a signal and holds no lock.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._child.start()
 
-    def _add(self, offset, block):
-        users, amounts = self.users, self.amounts
-        producer, expected = self._producer, self._expected
-        rejected = []
-        for number, event in enumerate(decode_lines(block)):
-            if type(event) is not dict:
-                if event is not None:
-                    rejected.append((number, event))
-                continue
+    def _serve(self, pipe, arguments):
+        self._pipe.close()
+        with contextlib.suppress(EOFError, ConnectionError, MemoryError):  # the parent was killed, or will say so
             try:
-                amount = amount_of(event)
-                sequence = event.get("sequence")
-                if sequence is None:
-                    if producer is not None:
-                        self._begin_nameless_run()
-                        producer = expected = None
-                    check_unnamed(event)
-                else:
-                    named_by = event.get("producerId")
-                    if (sequence != expected or named_by != producer or sequence > MAX_SEQUENCE
-                            or type(sequence) is not int):
-                        check_name(named_by, sequence)
-                        self.runs.append((named_by, sequence, len(users)))
-                        producer = named_by
-                    expected = sequence + 1
-            except ValueError as error:
-                rejected.append((number, error))
-                continue
-            users.append(event["userId"])
-            amounts.append(amount)
-        self._producer, self._expected = producer, expected
-        if rejected:
-            offsets = list(itertools.accumulate([len(line) + 1 for line in block.split(b"\n")], initial=offset))
-            self.rejected += [(offsets[number], str(error)) for number, error in rejected]
+                tally = Tally(*arguments)
+                pipe.send(tally.report)
+                tally.choose(pipe.recv())
+                pipe.send(tally.sums())
+            except OSError as error:
+                pipe.send(error)
 
-    def _begin_nameless_run(self):
-        if not self._nameless_allowed:
-            self._log.refused = True
-            raise ValueError("an event without producerId and sequence, in a log that is not the one read before: "
-                             "whether it was counted cannot be known (move the file aside and send what is new in it "
-                             "with python client.py FILE)")
-        self.runs.append((None, len(self.users), len(self.users)))
+    def choose(self, new):
+        """Have the child begin to add up the events whose lines are 1 in new."""
+        with self._watched():
+            self._pipe.send(new)
 
-    def names(self):
-        """Return {producer: Ranges of its sequences}."""
-        names = collections.defaultdict(Ranges)
-        for producer, first, end, _ in self.runs:
-            if producer:
-                names[producer].add(first, end)
-        return names
+    def receive_report(self):
+        """Set report when the child has it."""
+        self.report = self.sums()
 
-    def totals(self, counted):
-        """Return {user: exact sum} over the events whose names are not in counted, {producer: Ranges}, and how many
-        they are. Add their names there, so that an event that stands in this chunk twice is taken once."""
-        totals, count = {}, 0
-        with decimal.localcontext(EXACT):
-            for producer, first, end, start in self.runs:
-                for low, high in counted[producer].missing(first, end):
-                    events = slice(start + low - first, start + high - first)
-                    for user, amount in zip(self.users[events], self.amounts[events]):
-                        totals[user] = totals.get(user, 0) + amount
-                    count += high - low
-                counted[producer].add(first, end)
-        return totals, count
+    def sums(self):
+        """Return what the Tally's sums() returns, when the child has it."""
+        with self._watched():
+            result = self._pipe.recv()
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    @contextlib.contextmanager
+    def _watched(self):
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            raise ChildDied(f"A process that read {self._path} ended too early: out of memory, or killed.") from error
+
+    def close(self):
+        """End the child."""
+        self._pipe.close()
+        if self._child.pid:
+            self._child.kill()
+            self._child.join()
 
 
-Tally = collections.namedtuple("Tally", "start end applied repeated rejected")  # offsets, and numbers of lines
+def read_rows(block, offset, ids_only, rejected):
+    """Yield (line, rows) for block, whole lines at offset of a log: rows, as LOG_LINE finds them, are the events of
+    neighbouring lines, of which line is the first one's number. Add the bad lines to rejected."""
+    rows = (LOG_LINE.findall(block) if is_utf8(block) else
+            [(b"", b"", b"", b"", b"", line) for line in block[:-1].split(b"\n")])
+    if all([row[3 if ids_only else 0] for row in rows]):  # a line with an id is plain, too
+        yield 0, rows
+        return
+    good = []
+    offsets = itertools.accumulate([len(line) + 1 for line in block.split(b"\n")], initial=offset)
+    for line, (at, row) in enumerate(zip(offsets, [*rows, None])):
+        try:
+            if row and not row[0]:
+                row = decode_log_line(row[5]) if row[5].strip() else None
+            if row and ids_only and not row[3]:
+                raise ValueError(NO_ID)
+        except ValueError as error:
+            rejected.append((at, str(error)))
+            row = None
+        if row:
+            good.append(row)
+        elif good:
+            yield line - len(good), good
+            good = []
+
+
+def add_spans(spans, rows, number, line):
+    """Add the ids of rows to spans; line is the first one's number in the slice. An event without an id gets one that no
+    other has in this chunk: no producer, and number for the first."""
+    # Neighbours belong to one span when they have one producer and their sequences ascend as their lines do.
+    keys = [(row[3], int(row[4] or number + i) - i) for i, row in enumerate(rows)]
+    at = 0
+    for (producer, base), group in itertools.groupby(keys):
+        producer, first, count = producer.decode(), base + at, len(list(group))
+        last = spans[-1] if spans else (None, 0, 0, 0)
+        if last[::2] == (producer, first) and line + at - last[3] == first - last[1]:
+            spans[-1] = (producer, last[1], first + count, last[3])
+        else:
+            spans.append((producer, first, first + count, line + at))
+        at += count
 
 
 # ---- Exactly once ---------------------------------------------------------------------------------------------------
 
-def apply_chunk(connection, log, offset, report):
-    """Apply the next chunk of log in one transaction, the only place that commits, and return its Tally.
+# What came of a chunk: the offsets where it began and ended, how many events were applied and how many repeated, and
+# the (offset, reason) of each bad line.
+Chunk = collections.namedtuple("Chunk", "start end applied repeated rejected")
 
-    The chunk begins where the database says that this log was read to, or, when the bytes before that position are not
-    those that were read (a copy, a cut, a restored backup), at offset: how far this run came, 0 at first. Then the
-    position stays until the run has come to the end and refused nothing.
+
+def apply_chunk(sql, log, offset, unknown):
+    """Apply the next chunk of log in the caller's transaction, which commits all of it or nothing; return a Chunk.
+
+    It starts at the recorded position if the bytes before that are unchanged. Otherwise (a copy, a cut, a restored
+    backup) the log is being read again from its start: the chunk starts at offset, where the previous one ended.
+    unknown tells whether the previous chunks rejected events without an id. Then, or before the end is reached, the
+    position stays where it is, so that a log that is put right again is known again.
     """
-    with connection, connection.cursor() as sql:
-        sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [int(IDLE_SECONDS * 1000)])
-        sql.execute("INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id])
-        sql.execute("SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id])
-        position, digest = sql.fetchone()
-        known = log.digest(position) == bytes(digest)
-        chunk = Chunk(log, position if known else offset, nameless_allowed=known)
-        counted = count_once(sql, chunk)
-        if chunk.end > position and (known or chunk.end >= log.end and not log.refused):
-            sql.execute("UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
-                        [chunk.end, log.digest(chunk.end), log.log_id])
-        for at, reason in chunk.rejected:
-            report(log, at, reason)  # before the commit: better twice than, after a kill, never
-    return Tally(chunk.start, chunk.end, counted, len(chunk.users) - counted, len(chunk.rejected))
+    sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [int(IDLE_SECONDS * 1000)])
+    sql.execute("INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id])
+    sql.execute("SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id])
+    position, digest = sql.fetchone()
+    unchanged = log.digest(position) == bytes(digest)
+    start = position if unchanged else offset
+    with tallied(log, start, ids_only=not unchanged) as tallies:
+        reports = [tally.report for tally in tallies]
+        if reports:
+            log.sync()
+        applied = count_once(sql, tallies)
+    end = reports[-1].end if reports else start
+    rejected = [line for report in reports for line in report.rejected]
+    read_again = end >= log.end and not unknown and not any(reason == NO_ID for _, reason in rejected)
+    if end > position and (unchanged or read_again):
+        sql.execute("UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
+                    [end, log.digest(end), log.log_id])
+    return Chunk(start, end, applied, sum(report.events for report in reports) - applied, rejected)
 
 
-def count_once(sql, chunk):
-    """Add to users_revenue every event of chunk whose name is not yet in event_producers, and its name there, in the
+@contextlib.contextmanager
+def tallied(log, start, ids_only):
+    """Return a context with the tallies of the next chunk of log, from offset start on: one for each core, or one alone
+    when there is little to read."""
+    cuts = log.slices(start)
+    jobs = [(log, low, high, ids_only, KEPT_BYTES // len(cuts)) for low, high in cuts]
+    if len(jobs) <= 1:
+        yield [Tally(*job) for job in jobs]
+        return
+    with contextlib.ExitStack() as stack:
+        tallies = [stack.enter_context(contextlib.closing(TallyInChild(*job))) for job in jobs]
+        for tally in tallies:
+            tally.receive_report()
+        ended_early = [tally.report.end < high for tally, (_, high) in zip(tallies, cuts)]
+        yield tallies[:ended_early.index(True) + 1] if True in ended_early else tallies
+
+
+def count_once(sql, tallies):
+    """Add to users_revenue every event of tallies whose id is not yet in event_producers, and its id there, in the
     caller's transaction; return how many were added.
 
-    READ COMMITTED. Each producer's row is locked before it is read, and exists before it is locked, so of two
-    processors that meet the same name the second waits and then sees what the first has committed. Producers, then
-    users, are taken in the order of their bytes, so that two processors cannot each wait for the other.
+    READ COMMITTED. Each producer's row exists before it is locked, and is locked before it is read: of two processors
+    that meet the same id, the second waits and then sees what the first has committed. Producers, then users, are taken
+    in the order of their bytes, so that two processors cannot each wait for the other.
     """
-    names = chunk.names()
-    ranges = json.dumps({producer: str(names[producer]) for producer in sorted(names)})
+    ranges = collections.defaultdict(list)
+    for producer, first, end, _ in itertools.chain.from_iterable([tally.report.spans for tally in tallies]):
+        ranges[producer].append(f"[{first},{end})")
+    ranges.pop("", None)
+    chunk = json.dumps({producer: "{%s}" % ",".join(texts) for producer, texts in ranges.items()})
     sql.execute("""
         INSERT INTO event_producers (producer_id)
-        SELECT producer_id FROM json_each_text(%s) AS chunk (producer_id, ranges) ORDER BY producer_id COLLATE "C"
-        ON CONFLICT DO NOTHING""", [ranges])
+        SELECT producer_id FROM json_object_keys(%s) AS producer_id ORDER BY producer_id COLLATE "C"
+        ON CONFLICT DO NOTHING""", [chunk])
     sql.execute("""
         SELECT FROM event_producers WHERE producer_id = ANY (%s) ORDER BY producer_id COLLATE "C" FOR UPDATE""",
-                [list(names)])
+                [list(ranges)])
     sql.execute("""
-        SELECT producer_id, lower(repeated), upper(repeated)
-        FROM json_each_text(%s) AS chunk (producer_id, ranges)
-        JOIN event_producers USING (producer_id), unnest(applied * ranges::int8multirange) AS repeated""", [ranges])
-    applied = collections.defaultdict(Ranges)
-    for producer, low, high in sql:
-        applied[producer].add(low, high)
+        WITH chunk AS MATERIALIZED (
+            SELECT producer_id, ranges::int8multirange AS ranges FROM json_each_text(%s) AS ids (producer_id, ranges)
+        ), changed AS (
+            UPDATE event_producers AS stored SET applied = stored.applied + ranges
+            FROM chunk JOIN event_producers AS before USING (producer_id)
+            WHERE stored.producer_id = chunk.producer_id AND NOT before.applied @> ranges
+            RETURNING chunk.producer_id, ranges - before.applied AS new
+        )
+        SELECT producer_id, lower(span), upper(span) FROM changed, unnest(new) AS span""", [chunk])
+    chosen = [(tally, new) for tally, new in zip(tallies, select_new(tallies, sql.fetchall())) if 1 in new]
+    for tally, new in chosen:
+        tally.choose(new)
+    if chosen:
+        # A JSON text for each tally takes a fifth of the time that 100,000 adapted parameters do.
+        sql.execute("""
+            INSERT INTO users_revenue AS stored (user_id, revenue)
+            SELECT user_id COLLATE "C", sum(amount::numeric)
+            FROM unnest(%s::json[]) AS sums, json_each_text(sums) AS new (user_id, amount) GROUP BY 1 ORDER BY 1
+            ON CONFLICT (user_id) DO UPDATE SET revenue = coalesce(stored.revenue, 0) + excluded.revenue""",
+                    [[psycopg2.extensions.QuotedString(tally.sums()) for tally, _ in chosen]])
+    return sum(new.count(1) for _, new in chosen)
 
-    totals, count = chunk.totals(applied)
-    if count:
-        sql.execute("""
-            UPDATE event_producers AS known SET applied = applied + ranges::int8multirange
-            FROM json_each_text(%s) AS chunk (producer_id, ranges)
-            WHERE known.producer_id = chunk.producer_id AND NOT applied @> ranges::int8multirange""", [ranges])
-        # One JSON text takes a fifth of the time that 100,000 adapted parameters do.
-        sql.execute("""
-            INSERT INTO users_revenue AS known (user_id, revenue)
-            SELECT user_id, amount::numeric FROM json_each_text(%s) AS new (user_id, amount)
-            ORDER BY user_id COLLATE "C"
-            ON CONFLICT (user_id) DO UPDATE SET revenue = coalesce(known.revenue, 0) + excluded.revenue""",
-                    [json.dumps(totals, default=str)])
-    return count
+
+def select_new(tallies, new):
+    """Return for each tally a byte for each of its lines: 1 for an event whose id is in new, [(producer, first, end)],
+    and that no line before it in the order of ids has; and for every event without an id.
+
+    Both lists ascend, and what one span takes of new is not there for the next. new holds only ids of spans, so that
+    its first one never lies before the current span.
+    """
+    spans = sorted([(*span, number) for number, tally in enumerate(tallies) for span in tally.report.spans])
+    new = collections.deque(sorted(new + [span[:3] for span in spans if not span[0]]))
+    selections = [bytearray(tally.report.lines) for tally in tallies]
+    for producer, first, end, line, number in spans:
+        while new and new[0][0] == producer and new[0][1] < end:
+            _, low, high = new.popleft()
+            if high > end:
+                new.appendleft((producer, end, high))
+                high = end
+            selections[number][line + low - first:line + high - first] = b"\1" * (high - low)
+    return selections
 
 
 # ---- The database ---------------------------------------------------------------------------------------------------
 
-def connect(**options):
-    """Return a psycopg2 connection to the database that the environment names, or raise psycopg2.OperationalError."""
-    url = os.environ.get("DATABASE_URL")
-    variables = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSERVICE")
-    if not url and not any(os.environ.get(variable) for variable in variables):
-        options = {"host": "localhost", "port": 5432, "dbname": "postgres", "user": "postgres"} | options
-        if not os.path.exists(os.environ.get("PGPASSFILE") or os.path.expanduser("~/.pgpass")):
-            options["password"] = "password1!"
+def connect(**defaults):
+    """Return a psycopg2 connection to the database that the environment names. defaults are libpq's parameters where it
+    says nothing. Raise Failure when DATABASE_URL makes no sense, or psycopg2.OperationalError."""
+    url = os.environ.get("DATABASE_URL", "")
+    said = _check_url(url) | ({"connect_timeout": ""} if os.environ.get("PGCONNECT_TIMEOUT") else {})
     # A host that vanished is noticed after a minute; by default it takes two hours.
-    options = {"application_name": Path(sys.argv[0]).name, "client_encoding": "UTF8", "keepalives_idle": 30,
-               "keepalives_interval": 10, "keepalives_count": 3} | options
-    return psycopg2.connect(url or "", **options)
+    defaults = {"fallback_application_name": Path(sys.argv[0]).name, "keepalives_idle": 30, "keepalives_interval": 10,
+                "keepalives_count": 3} | defaults
+    if not url and not any(map(os.environ.get, ("PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"))):
+        defaults |= {"host": "localhost", "dbname": "postgres", "user": "postgres"}
+        passwords = os.environ.get("PGPASSFILE") or os.path.expanduser("~/.pgpass")
+        if not os.environ.get("PGPASSWORD") and not os.path.exists(passwords):
+            defaults["password"] = "password1!"
+    options = {parameter: value for parameter, value in defaults.items() if parameter not in said}
+    return psycopg2.connect(url, client_encoding="UTF8", **options)
 
 
-def first_line(error):
-    """Return the first line of a database error, without libpq's prefixes."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("FATAL:  ").strip()
-
-
-def open_database(readonly=False):
-    """Return a connection to a database that has the tables, creating those that are missing. Raise Failure when there
-    is none or it does not fit, or psycopg2.Error when it fails while that is being looked at."""
+def _check_url(url):
+    """Return the parts of DATABASE_URL, or raise Failure, without quoting any of it: where a URL is malformed, any part
+    of it may be a part of the password."""
     try:
-        connection = connect(connect_timeout=10)
-    except psycopg2.Error as error:
-        raise Failure(f"No database: {first_line(error)}. Start PostgreSQL, or name another one with DATABASE_URL or "
-                      "PGHOST, PGPORT, PGUSER, PGPASSWORD and PGDATABASE.") from error
-    prepare_database(connection, readonly)
-    return connection
+        parts = psycopg2.extensions.parse_dsn(url)
+    except psycopg2.ProgrammingError:
+        parts = {"port": "malformed"}
+    unescaped = "://" in url and not re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
+    if unescaped or not re.fullmatch("[0-9,]*", parts.get("port", "")):
+        raise Failure("DATABASE_URL is malformed. It must look like postgresql://user:password@host:5432/database, with "
+                      "each / @ : % in the password percent-encoded (%2F %40 %3A %25).")
+    return parts
 
 
-def prepare_database(connection, readonly):
-    """Create the tables that are missing; raise Failure when the database or its tables do not fit."""
-    connection.set_session(isolation_level="READ COMMITTED", readonly=readonly)
-    encoding = connection.info.parameter_status("server_encoding")
+def sentence(error):
+    """Return all that a psycopg2.Error says, in one line without a full stop."""
+    if error.diag.message_primary:
+        lines = [error.diag.message_primary, error.diag.message_detail or ""]
+    else:  # libpq's own words: a line for each address that it tried, and indented advice
+        lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
+    return "; ".join([" ".join(line.split()).rstrip(".") for line in lines if line.strip()]) or type(error).__name__
+
+
+def prepare_tables(sql, create=True):
+    """Create the tables that are missing, in the schema where users_revenue is; raise Failure when the database or
+    users_revenue does not fit."""
+    sql.execute("SELECT current_setting('server_encoding'), current_database()")
+    encoding, database = sql.fetchone()
     if encoding != "UTF8":
-        raise Failure(f"The database {connection.info.dbname} is encoded in {encoding}; create one with: "
+        raise Failure(f"The database {database} is encoded in {encoding}; create one with: "
                       "createdb --encoding=UTF8 --template=template0 NAME, and set PGDATABASE to its name.")
-    with connection, connection.cursor() as sql:
-        sql.execute("SELECT to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')")
-        if None in sql.fetchone():
-            if readonly:
-                raise Failure("The tables do not exist yet; run data_processor.py without --verify first.")
-            # Two processors that create the same table at once collide, even with IF NOT EXISTS.
-            sql.execute("SELECT pg_advisory_xact_lock(%s)", [TABLES_LOCK])
-            sql.execute(TABLES.read_text())
-    with connection, connection.cursor() as sql:
+    sql.execute("SELECT to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')")
+    if None in sql.fetchone():
+        if not create:
+            raise Failure("The tables do not exist yet; run data_processor.py without --verify first.")
+        # Two processors that create the same table at once collide, even with IF NOT EXISTS.
+        sql.execute("SELECT pg_advisory_xact_lock(%s)", [TABLES_LOCK])
         sql.execute("""
-            SELECT attname, format_type(atttypid, atttypmod), atttypmod FROM pg_attribute
-            WHERE attrelid = 'users_revenue'::regclass AND attnum > 0 AND NOT attisdropped""")
-        columns = {name: (kind, modifier) for name, kind, modifier in sql}
-    check_columns(columns)
+            SELECT set_config('search_path', quote_ident(nspname), true)
+            FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+            WHERE pg_class.oid = to_regclass('users_revenue')""")
+        sql.execute(TABLES.read_text())
+    check_users_revenue(sql)
 
 
-def check_columns(columns):
-    """Raise Failure unless users_revenue, given as {column: (type, type modifier)}, can hold every user and sum."""
-    revenue, _ = columns.get("revenue", (None, None))
-    if revenue != "numeric":
-        raise Failure(f"users_revenue.revenue is {revenue or 'missing'}, which cannot hold every sum exactly; mend it "
-                      "with: ALTER TABLE users_revenue ALTER COLUMN revenue TYPE numeric")
-    user, modifier = columns.get("user_id", (None, None))
-    if user != "text" and not (user and user.startswith("character varying") and not 0 <= modifier < 255 + 4):
-        raise Failure(f"users_revenue.user_id is {user or 'missing'}, which cannot hold every user; mend it with: "
-                      "ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text")
+def check_users_revenue(sql):
+    """Raise Failure, with the statement that mends it, unless users_revenue can hold every user and sum, each once."""
+    sql.execute("""
+        SELECT attname, format_type(atttypid, atttypmod), collisdeterministic IS NOT false,
+            EXISTS (SELECT FROM pg_index WHERE indrelid = attrelid AND indkey[0] = attnum AND indnkeyatts = 1
+                    AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL)
+        FROM pg_attribute LEFT JOIN pg_collation ON pg_collation.oid = attcollation
+        WHERE attrelid = 'users_revenue'::regclass AND NOT attisdropped""")
+    columns = {name: rest for name, *rest in sql}
+    revenue, *_ = columns.get("revenue", [""])
+    user, exact, unique = columns.get("user_id", ["", True, True])
+    length = re.fullmatch(r"text|character varying(?:\(([0-9]+)\))?", user)
+    for fits, fault, statement in (
+            (revenue, "has no column revenue", "ADD COLUMN revenue numeric NOT NULL DEFAULT 0"),
+            (revenue == "numeric", f"keeps revenue as {revenue}, which cannot hold every sum exactly",
+             "ALTER COLUMN revenue TYPE numeric USING revenue::numeric"),
+            (user, "has no column user_id", 'ADD COLUMN user_id text COLLATE "C" UNIQUE'),
+            (exact and length and int(length[1] or 255) >= 255,
+             f"keeps user_id as {user}, which cannot hold every user or tell all of them apart",
+             'ALTER COLUMN user_id TYPE text COLLATE "C"'),
+            (unique, "has no unique key on user_id", "ADD UNIQUE (user_id)")):
+        if not fits:
+            raise Failure(f"users_revenue {fault}; mend it with: ALTER TABLE users_revenue {statement}")
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 class Processor:
-    """One run over some logs: its connection, the logs that it holds open, and what came of them."""
+    """Runs over some logs and their rotated siblings. What it remembers of a database ends with its connection."""
 
-    def __init__(self, follow=False, audit=False):
-        self.follow, self.audit = follow, audit
-        self.connection = None
-        self.logs = {}  # path: Log; held open, so that a renamed log is still read to its end
+    def __init__(self, paths, follow=False, verifying=False):
+        self.paths, self.follow, self.verifying = paths or [DEFAULT_LOG], follow, verifying
         self.failed = False  # something was rejected or could not be read
-        self._said = set()  # about which files something was said that is not repeated
+        self.connection = None
+        self.applied = {}  # {file: its state when all of it was applied on this connection}
+        self.held = {}  # {path: LogReader} of the logs that are written to, so that they are still read when renamed
+        self.troubles = Troubles()
+        self.failures = 0  # since something last succeeded
 
-    def run_once(self, named):
-        """Apply what is new in the named logs, or in the default log and its rotated siblings; raise Failure when
-        nothing can be done at all."""
-        if self.connection is None:
-            self._patiently(lambda connection: None)
-        paths = named or [DEFAULT_LOG]
-        if self.follow or not named:
-            paths = [sibling for path in paths for sibling in self._siblings(path)]
-        if not paths:
-            raise Failure(f"{DEFAULT_LOG}: no such file; start server.py in this directory, or name a log.")
-        for path in [*paths, *(self.logs.keys() - set(paths))]:
+    def run_once(self):
+        """Apply what is new in every log; raise Failure or psycopg2.Error when the database does not let it."""
+        self.with_retries(self.check_connection)
+        for path in self.find_logs():
             try:
-                self._apply_path(path)
+                self.apply_path(path)
+                self.troubles.end(path, "is read again.")
             except OSError as error:
                 self.failed = True
-                print(f"{path}: {error.strerror}.", file=sys.stderr)
+                missing = "is not there; waiting for it." if self.follow else (
+                    "No such file or directory; start server.py in its directory, or name another log.")
+                self.troubles.begin(path, missing if error.errno == errno.ENOENT else f"{error.strerror}.")
 
-    def _siblings(self, path):
-        """Return the rotated siblings of a log and then itself, as far as they exist or are waited for."""
-        directory, name = os.path.split(path)
-        try:
-            entries = os.listdir(directory or ".")
-        except OSError as error:
-            raise Failure(f"{directory or '.'}: {error.strerror}.") from error
-        rotated = sorted(os.path.join(directory, entry) for entry in entries
-                         if entry.startswith(name + ".") and not entry.endswith(CLIENT_FILES))
-        for compressed in [entry for entry in rotated if entry.endswith(COMPRESSED)]:
-            self._say_once(compressed, "compressed, left alone.")
-        plain = [entry for entry in rotated if not entry.endswith(COMPRESSED)]
-        return plain + [path] * (self.follow or os.path.exists(path))
+    def find_logs(self):
+        """Return the paths of the logs, rotated ones before the one that they were renamed from."""
+        found = []
+        for path in self.paths:
+            rotated = rotated_logs(path)
+            for sibling in rotated:
+                if not sibling.endswith(COMPRESSED):
+                    found.append(sibling)
+                elif sibling not in self.paths:
+                    self.troubles.begin(sibling, "is compressed and left alone; it is read when it is named.")
+            if self.follow or os.path.exists(path) or not rotated:
+                found.append(path)
+        return list(dict.fromkeys(found))
 
-    def _say_once(self, path, words):
-        if path not in self._said:
-            self._said.add(path)
-            print(f"{path}: {words}", file=sys.stderr)
-
-    def _apply_path(self, path):
-        log = self.logs.get(path)
+    def apply_path(self, path):
+        """Apply what is new in the log at path and, before that, in the one that it led to before; raise OSError."""
+        log = self.held.get(path)
         if log and not leads_to(path, log.file.fileno()):
-            # The server writes nothing more to it, once the lock was taken after the renaming.
-            self._drain(log)
-            self.logs.pop(path).file.close()
+            # Renamed. find_end waits for the lock, and whoever writes next sees the renaming: what is there now is all.
+            self.apply_log(log)
+            self.held.pop(path).close()
             log = None
-        if not log and self.follow and not os.path.exists(path):
-            return self._say_once(path, "is not there; waiting for it.")
-        if not log:
-            log = self.logs[path] = Log(path)
-        self._drain(log)
-        if not self.follow:
-            self.logs.pop(path).file.close()
+        log = log or LogReader(path)
+        if self.follow and path in self.paths:
+            self.held[path] = log
+            self.apply_log(log)
+        else:
+            with contextlib.closing(log):
+                self.apply_log(log)
 
-    def _drain(self, log):
-        log.take_end()
-        if log.end == log.drained and self.follow:
+    def apply_log(self, log):
+        """Apply what is new in an open log, and say what came of it."""
+        file, state = log.state()
+        if self.follow and self.applied.get(file) == state:
             return
-        applied = repeated = rejected = offset = 0
-        while log.end:
-            tally = self._patiently(apply_chunk, log, offset, self._report)
-            applied += tally.applied
-            repeated += tally.repeated
-            rejected += tally.rejected
-            offset = tally.end
-            if offset >= log.end or offset == tally.start:
-                break
-        log.drained = log.end
-        log.progress.clear()
+        log.find_end()
+        counts = collections.Counter()
+        self.with_retries(self.apply_chunks, log, counts)
+        self.applied[file] = state
         left = f"; {log.unfinished:,} bytes of an unfinished last line left" if log.unfinished else ""
-        if not self.audit and (not self.follow or applied or repeated or rejected):
-            print(f"{log.path}: {applied:,} applied, {repeated:,} repeated, {rejected:,} rejected{left}", flush=True)
+        if not self.verifying and (not self.follow or any(counts.values())):
+            say(f"{log.path}: {counts['applied']:,} applied, {counts['repeated']:,} repeated, "
+                f"{counts['rejected']:,} rejected{left}")
 
-    def _patiently(self, action, *arguments):
-        """Return action(connection, *arguments). A deadlock or a lost connection, even during COMMIT, takes back what
-        the database has not got, so it is tried again a few times before Failure is raised."""
-        attempts = 1 if self.audit else ATTEMPTS  # an audit's tables are gone with its connection
-        for attempt in range(attempts):
-            known = self.connection is not None
+    def apply_chunks(self, log, counts):
+        """Apply a log chunk by chunk, from where the database knows it, and add to counts what came of it."""
+        begun, start, offset, unknown = time.monotonic(), None, 0, False
+        while start != offset < log.end:  # a chunk of no length: the file was truncated meanwhile
+            with self.transaction() as sql:
+                chunk = apply_chunk(sql, log, offset, unknown)
+                show_progress("")
+                for at, reason in [] if self.verifying else chunk.rejected:
+                    self.failed = True
+                    warn(f"{log.path}: byte {at}: {reason}")  # before the commit: better twice than, after a kill, never
+            if chunk.applied:
+                self.failures = 0
+            start, offset = chunk.start, chunk.end
+            unknown |= any(reason == NO_ID for _, reason in chunk.rejected)
+            counts.update(applied=chunk.applied, repeated=chunk.repeated, rejected=len(chunk.rejected))
+            events = sum(counts.values())
+            rate = events / (time.monotonic() - begun)
+            show_progress(f"{log.path}: {offset / log.end:.0%}, {events:,} events, {rate:,.0f}/s")
+        show_progress("")
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """Return a context with the cursor of one transaction: nothing else commits, and a verifying run never does."""
+        with contextlib.nullcontext() if self.verifying else self.connection, self.connection.cursor() as sql:
+            yield sql
+
+    def check_connection(self):
+        """Raise psycopg2.Error if the connection was lost: then the database may be another one, and what this run
+        remembers of it is void."""
+        with self.transaction() as sql:
+            sql.execute("SELECT")
+
+    def with_retries(self, action, *arguments):
+        """Return action(*arguments), connecting first where there is no connection. After a deadlock, a lost
+        connection or a child's death, try again a few times on a new connection: the transaction was rolled back, or it
+        was committed and its events will be recognised."""
+        while True:
             try:
-                if not known or self.connection.closed:
-                    self.connection = open_database()
-                return action(self.connection, *arguments)
-            except (psycopg2.Error, Failure) as error:
-                passing = isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
-                if attempt == attempts - 1 or not (passing or known and self.connection.closed):
-                    raise Failure(str(error) if isinstance(error, Failure) else
-                                  f"Stopped at a database error: {first_line(error)}.") from error
-                time.sleep(0.1 * 2 ** (attempt + 1))
+                if self.connection is None or self.connection.closed:
+                    self.connect()
+                return action(*arguments)
+            except (psycopg2.OperationalError, psycopg2.InterfaceError, ChildDied):
+                self.failures += 1
+                if self.connection is None or self.failures == ATTEMPTS or self.verifying:
+                    raise
+                self.connection.close()
+                time.sleep(0.1 * 2 ** self.failures)
 
-    def _report(self, log, offset, reason):
-        if self.audit:
-            return
-        self.failed = True
-        log.progress.clear()
-        print(f"{log.path}: byte {offset}: {reason}", file=sys.stderr)
+    def connect(self):
+        """Connect to the database and forget what was remembered of another one; see that its tables fit."""
+        self.applied = {}
+        self.connection = connect(connect_timeout=10)
+        self.connection.set_session(isolation_level="READ COMMITTED")
+        with self.transaction() as sql:
+            prepare_tables(sql, create=not self.verifying)
 
 
-def verify(named):
-    """Compare users_revenue with what the named or default logs give when they are read from their starts; print the
-    users that differ, and return whether there are none.
+def verify(paths):
+    """Print the users whose revenue differs from what the logs give; return whether there are none.
 
-    It is an ordinary run, into temporary tables that hide the real ones, in a session that can write nothing else.
+    It is a run from the logs' starts into temporary tables, which hide the real ones, in a transaction that is never
+    committed. Raise Failure or psycopg2.Error when the database does not let it.
     """
-    processor = Processor(audit=True)
-    processor.connection = connection = open_database(readonly=True)
-    with connection, connection.cursor() as sql:
+    processor = Processor(paths, verifying=True)
+    processor.connect()
+    with contextlib.closing(processor.connection), processor.connection.cursor() as sql:
         sql.execute("SELECT 'users_revenue'::regclass::oid")
-        real, = sql.fetchone()
-    connection.set_session(readonly=False)
-    with connection, connection.cursor() as sql:
+        real = sql.fetchone()
         sql.execute(TABLES.read_text().replace("CREATE TABLE IF NOT EXISTS", "CREATE TEMPORARY TABLE"))
-        sql.execute("SELECT %s::regclass::text", [real])
-        real = sql.fetchone()[0]  # with its schema, as it is hidden now
-    connection.set_session(readonly=True)
-    processor.run_once(named)
-    with connection, connection.cursor() as sql:
+        sql.execute("SELECT set_config('search_path', 'pg_temp, ' || current_setting('search_path'), true)")
+        processor.run_once()
+        sql.execute("SELECT %s::regclass::text, count(*) FROM users_revenue", real)
+        real, users = sql.fetchone()  # with its schema, because it is hidden now
         sql.execute(f"""
-            SELECT user_id, coalesce(stored.revenue, 0) AS stored, coalesce(logged.revenue, 0) AS logged
+            SELECT user_id, stored.revenue, logged.revenue, coalesce(stored.revenue, 0) - coalesce(logged.revenue, 0)
             FROM {real} AS stored FULL JOIN users_revenue AS logged USING (user_id)
             WHERE coalesce(stored.revenue, 0) <> coalesce(logged.revenue, 0) ORDER BY user_id""")
-        for user, stored, logged in sql:
-            print(f"{user}: {stored:f} in users_revenue, {logged:f} in the logs, "
-                  f"difference {EXACT.subtract(stored, logged):f}")
-        differing = sql.rowcount
-        sql.execute("SELECT count(*) FROM users_revenue")
-        users, = sql.fetchone()
-    if differing:
-        print(f"{differing:,} users differ. Revenue from before these logs is a difference, and so are events that are "
-              "not applied yet: run data_processor.py first, and name every log.")
-    else:
-        print(f"users_revenue and the logs agree on {users:,} users.")
-    return not differing and not processor.failed
+        for user, stored, logged, difference in sql:
+            say(f"{user}: {stored or Decimal():f} in users_revenue, {logged or Decimal():f} in the logs, difference {difference:f}")
+        if sql.rowcount:
+            say(f"{sql.rowcount:,} users differ. Revenue from before these logs is a difference, and so are events that "
+                "are not applied yet: run data_processor.py first, and name every log.")
+        elif not processor.failed:
+            say(f"users_revenue and the logs agree on {users:,} users.")
+        return not sql.rowcount and not processor.failed
 
 
-def follow(processor, named):
-    """Apply what is new every second, through database outages, until interrupted."""
+def explain(error):
+    """Return the sentence that says why a run ended with a Failure, an OSError or a psycopg2.Error, and what to do."""
+    if isinstance(error, Failure):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, psycopg2.OperationalError) and not error.pgcode:
+        return (f"No database: {sentence(error)}. Start PostgreSQL, or name another one with DATABASE_URL or PGHOST, "
+                "PGPORT, PGUSER, PGPASSWORD and PGDATABASE.")
+    return f"Stopped at a database error: {sentence(error)}."
+
+
+def follow(processor):
+    """Apply what is new every second, through database outages; never return."""
     backoff = POLL_SECONDS
     while True:
         try:
-            processor.run_once(named)
+            processor.run_once()
+            processor.troubles.end("Events are not applied", "this is over.")
             backoff = POLL_SECONDS
-        except Failure as error:
-            print(f"{error} Trying again in {backoff:.0f} s.", file=sys.stderr)
-            processor.connection = None
+        except (Failure, OSError, psycopg2.Error) as error:
+            processor.troubles.begin("Events are not applied", f"{explain(error)} Trying again until it is mended.")
+            processor.connection, processor.failures = None, 0
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
         time.sleep(backoff)
 
 
 def exit_on(statuses):
-    """From now on end the process on these signals with their statuses, at once: the database takes back what is under
-    way, and may be what the process waits for."""
+    """End the process at once, with the given status, when one of these signals comes. PostgreSQL then rolls back the
+    open transaction. (A thread waits for them, because a Python handler does not run while libpq waits for a lock.)"""
     signal.pthread_sigmask(signal.SIG_BLOCK, statuses)
     threading.Thread(target=lambda: os._exit(statuses[signal.sigwait(statuses)]), daemon=True).start()
 
 
-def main(arguments=None):
-    """Run the command line and return its exit status."""
+def parse_command_line(arguments):
+    """Return the options, or exit with status 2."""
     parser = argparse.ArgumentParser(
         description="Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit.",
         epilog="Example: python data_processor.py server-events.jsonl. The database is the one that DATABASE_URL or "
                "libpq's variables (PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE) name; without any of them "
                "localhost:5432, database postgres, user postgres, password password1!.")
-    parser.add_argument("logs", metavar="LOG", nargs="*",
-                        help=f"logs to read (default: {DEFAULT_LOG} and its rotated siblings {DEFAULT_LOG}.*)")
+    parser.add_argument("logs", metavar="LOG", nargs="*", help="logs to read, each with its rotated siblings LOG.1, "
+                        f"LOG-20261124, ... (default: {DEFAULT_LOG})")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--follow", action="store_true", help="look for new events every second until interrupted")
     mode.add_argument("--verify", action="store_true",
                       help="change nothing; compare the sums over the logs with the database")
-    options = parser.parse_args(arguments)
-    processor = Processor(options.follow)
-    exit_on({signal.SIGINT: 130} | ({signal.SIGTERM: 0} if options.follow else {}))
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run the command line and return its exit status."""
+    options = parse_command_line(arguments)
+    exit_on({signal.SIGINT: 130, signal.SIGTERM: 0 if options.follow else 143})
     try:
-        if options.follow:
-            follow(processor, options.logs)
         if options.verify:
             return 0 if verify(options.logs) else 1
-        processor.run_once(options.logs)
-    except OSError as error:
-        print(f"{error.filename}: {error.strerror}.", file=sys.stderr)
-        return 1
-    except (Failure, psycopg2.Error) as failure:
-        print(failure if isinstance(failure, Failure) else f"Stopped at a database error: {first_line(failure)}.",
-              file=sys.stderr)
+        processor = Processor(options.logs, options.follow)
+        if options.follow:
+            follow(processor)
+        processor.run_once()
+    except (Failure, OSError, psycopg2.Error) as error:
+        warn(explain(error))
         return 1
     return 1 if processor.failed else 0
 

@@ -1,14 +1,16 @@
 """Receive events over HTTP, append them to a log, and answer each user's revenue from PostgreSQL.
 
-No event is acknowledged before its line is written and synced: a 200 that was sent survives kill -9 and a power cut.
-Requests that arrive during a sync share the next one (group commit).
+The promise: 200 is sent only after the event's line was written and synced, so that it survives kill -9 and a power
+cut. Requests that arrive during a sync share the next one (group commit): see LogWriter.append.
+
+The parts in order: settings; the log (LogWriter); the database (Database); HTTP (Handler, one for each connection);
+processes (Worker, supervise); the command line.
 """
 import argparse
 import concurrent.futures
 import contextlib
 import email.utils
 import errno
-import fcntl
 import functools
 import hmac
 import http.server
@@ -16,8 +18,8 @@ import ipaddress
 import json
 import os
 import re
-import resource
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -26,219 +28,253 @@ import time
 import traceback
 import urllib.parse
 
-import psycopg2
+from data_processor import (  # first, because it says in a sentence what this machine lacks
+    DEFAULT_LOG, MAX_EVENT_BYTES, MAX_SEQUENCE, Failure, Troubles, add_log_field, as_line, check_event, check_id,
+    connect, end_of_events, is_plain, leads_to, open_regular, say, sentence, stamp, sync_file, usable_cores, warn)
 
-from data_processor import (DEFAULT_LOG, MAX_SEQUENCE, amount_of, check_name, check_unnamed, connect, decode_event,
-                            decode_lines, end_of_lines, leads_to)
+import fcntl
+import resource
+
+import psycopg2
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_LINES = 10_000
-MAX_LINE_BYTES = 16 * 1024  # a request line, a header field, a chunk's size
+MAX_LINE_BYTES = 16 * 1024  # a request line, a header, a chunk's size
 MAX_HEAD_BYTES = 64 * 1024
-MAX_FIELDS = 100
+MAX_HEADERS = 100
+DECODED_BATCHES = 8  # at once, in each worker; bounds the memory for their lines
 
-REQUEST_SECONDS = 30  # from a request's first byte to its last; an idle connection has as long to begin one
+REQUEST_SECONDS = 30  # from a request's first byte to its last
+IDLE_SECONDS = 75  # to take an answer and to begin the next request; load balancers reuse a connection for 60
 DATABASE_SECONDS = 2
-DRAIN_SECONDS = 2  # reading what a refused request still sends, so that its sender sees the answer and not a reset
+DRAIN_SECONDS = 2  # after a refusal, read on and discard for so long: closing at once could destroy the answer
 DRAIN_BYTES = 16 * 1024 * 1024
 STOP_SECONDS = 10  # for the requests that were received when the server stops
-MAX_CONNECTIONS = 1000  # a worker's; more wait in the backlog
-DESCRIPTORS = 2048  # a worker's, if the system allows
+BACKLOG_SECONDS = 1  # of them to take connections from the backlog, which those who keep connecting fill again
+FIRST_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, and each time twice as long
+PAUSE_SECONDS = 0.005  # the longest of those, and before another connection when descriptors or threads have run out
+RESTART_SECONDS = 0.5  # before a worker is replaced, so that one that crashes at once does not become a fork loop
+
+MAX_CONNECTIONS = 1000  # per worker; further ones wait in the kernel's listen backlog
+DESCRIPTORS = 2048  # per worker, if the system allows
 BACKLOG = 4096  # the kernel lowers it to its own limit (net.core.somaxconn)
-RESTART_SECONDS = 0.5  # between the death of a worker and its replacement, lest a broken one fills the machine
 
-EXIT_SYNC_FAILED = 3  # a worker's status: its parent ends the server
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+EXIT_SYNC_FAILED = 3  # status of a worker whose log can no longer be trusted; the parent then stops the server
+NO_SPACE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+CANNOT_SYNC = errno.EINVAL, errno.ENOTSUP  # what a file system answers that cannot sync directories
 
 
-def say(words):
-    """Print words to stderr, if possible: a disk that is full below it must not end the server."""
-    with contextlib.suppress(OSError):
-        print(words, file=sys.stderr)
+def reason(error):
+    """Return in words why something failed."""
+    if isinstance(error, psycopg2.Error):
+        return sentence(error)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def report_defect():
+    """Print the traceback of an error that nobody but the program can have made."""
+    for line in traceback.format_exc().splitlines():
+        warn(line)
 
 
 # ---- The log --------------------------------------------------------------------------------------------------------
 
-def sync_file(fd):
-    """Return when the file's data is on the disk, or raise OSError."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
-    else:
-        os.fdatasync(fd)
-
-
-class SyncFailed(OSError):
-    """The kernel may have dropped what was written; no later sync can be believed."""
-
-
-class Log:
-    """The log as one worker process appends to it; the others append to the same file."""
+class LogWriter:
+    """The log as one worker process appends to it; the other workers append to the same file."""
 
     def __init__(self, path):
-        """Open the log, creating it when it is missing, or raise OSError."""
         self.path = path
-        self.failed = None  # the SyncFailed after which nothing is written
+        self.failed = None  # the error of a sync, after which nothing is written any more
+        self._fd = None  # opened by this process: the lock of an inherited descriptor would not exclude the others
         self._group = []  # [(lines, done)] that are written and synced together next
-        self._joining = threading.Lock()  # guards _group
-        self._writing = threading.Lock()  # held by the one thread that writes
-        self._fd = self._open()
+        self._group_lock = threading.Lock()  # guards _group
+        self._file_lock = threading.Lock()  # held by the one thread that writes
+        self._troubles = Troubles()
 
-    def _open(self):
+    def append(self, lines, done):
+        """Make lines (bytes, whole lines) durable, then call done(None); if that fails, call done(error): the lines
+        must not be acknowledged.
+
+        The first thread of a group writes for all of it and calls every done; the others return at once. (If each of
+        them were woken to send its own answer, a third fewer requests would be served.)
+        """
+        with self._group_lock:
+            self._group.append((lines, done))
+            if len(self._group) > 1:
+                return
+        with self._file_lock:
+            with self._group_lock:  # only now, so that the group includes everyone who came during the previous sync
+                group, self._group = self._group, []
+            error = self._write(group)
+            for _, done in group:  # before the next group is written, so that these peers' next requests can join it
+                try:
+                    done(error)
+                except Exception:  # it keeps nobody else from an answer
+                    report_defect()
+
+    def _write(self, group):
+        """Make the lines of a group durable and return None, or return the exception that prevented it."""
+        try:
+            with self._locked() as end:
+                data = b"".join([lines for lines, _ in group])
+                try:
+                    self._write_all(add_log_field(data) if end == 0 else data)
+                except OSError:
+                    os.ftruncate(self._fd, end)
+                    raise
+            with self._syncing():
+                sync_file(self._fd)
+        except Exception as error:
+            self._troubles.begin(self.path, f"the log cannot be written: {reason(error)}.")
+            return error
+        self._troubles.end(self.path, "the log can be written again.")
+        return None
+
+    def _write_all(self, data):
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest):]
+
+    @contextlib.contextmanager
+    def _locked(self):
+        """Return a context that holds the lock of the file to which path leads, and yields where its last line ends."""
+        if self.failed:
+            raise self.failed
+        if self._fd is None:
+            self._fd = self.open()
+        try:
+            yield self._lock()
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _lock(self):
+        """Lock the file to which path leads, opening it anew after a rotation, and return where its last line ends.
+        Nobody waits for the lock of a file that was renamed: who has it may hold it for ever."""
+        pause, end = FIRST_PAUSE_SECONDS, None
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                end = self._end_last_line()  # of a renamed file, too: it may be concatenated with others
+            if not leads_to(self.path, self._fd):
+                old, self._fd, end = self._fd, self.open(), None
+                os.close(old)
+            elif end is not None:
+                return end
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, PAUSE_SECONDS)
+
+    def _end_last_line(self):
+        """Make the file end with a whole line, and return its end. What follows the last LF was never acknowledged: if
+        it is a whole event, add its LF, else cut it off."""
+        size = os.fstat(self._fd).st_size
+        if size == 0 or os.pread(self._fd, 1, size - 1) == b"\n":
+            return size
+        end = end_of_events(self._fd, size)
+        if end == size:
+            self._write_all(b"\n")
+            return size + 1
+        os.ftruncate(self._fd, end)
+        warn(f"{self.path}: cut off {size - end} bytes of an unfinished line at byte {end}.")
+        return end
+
+    def open(self):
+        """Open the log, creating it when it is missing, make its name durable, and return its descriptor; or raise
+        OSError."""
         directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            self._sync(os.fsync, directory)  # the name must be as durable as the lines
+            fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+            with self._syncing(unless=CANNOT_SYNC):
+                os.fsync(directory)
         finally:
             os.close(directory)
         return fd
 
-    def _sync(self, sync, fd):
+    @contextlib.contextmanager
+    def _syncing(self, unless=()):
+        """Return a context for a sync. If it fails, with other errors than those of unless, nothing is written any
+        more: the kernel may have dropped what was written, and a second sync could then lie."""
         try:
-            sync(fd)
+            yield
         except OSError as error:
-            self.failed = SyncFailed(error.errno, error.strerror)
-            raise self.failed from error
-
-    def append(self, lines, done):
-        """Have lines (bytes, whole lines) made durable and then done(error) called, with None or the exception for
-        which they must not be acknowledged.
-
-        The first thread of a group writes for all of it, as soon as the group before is on the disk, and calls every
-        done; the others return at once. (Were each of them woken to send its own answer, a third fewer requests would
-        be served.)
-        """
-        with self._joining:
-            group = self._group
-            group.append((lines, done))
-            if len(group) > 1:
-                return
-        error = None
-        with self._writing:
-            try:
-                self._commit(group)
-            except Exception as failure:
-                error = failure
-            for _, done in group:  # before the next group is written: who is answered now may still join it
-                done(error)
-
-    def _commit(self, group):
-        try:
-            try:
-                end = self._lock()
-            finally:
-                with self._joining:
-                    self._group = []  # not before: whoever came during the last sync, or this lock, is in
-            data = b"".join([lines for lines, _ in group])
-            if end == 0:
-                data = _name_log(data)
-            try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(self._fd, rest):]
-            except OSError:
-                os.ftruncate(self._fd, end)
-                raise
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._sync(sync_file, self._fd)
-
-    def _lock(self):
-        """Lock the file that path leads to, opening it anew after a rotation, and return the end of its last line."""
-        if self.failed:
-            raise self.failed
-        while True:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            end = self._cut_off_unfinished_line()  # also of a renamed log: it may be concatenated with others
-            if leads_to(self.path, self._fd):
-                return end
-            new = self._open()
-            os.close(self._fd)
-            self._fd = new
-
-    def _cut_off_unfinished_line(self):
-        """Cut off what a killed or failed writer left, a line without LF, which was never acknowledged; return the end
-        of the file."""
-        end = size = os.fstat(self._fd).st_size
-        if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            end = end_of_lines(self._fd, size)
-            os.ftruncate(self._fd, end)
-            say(f"{self.path}: cut off {size - end} bytes of an unfinished line at byte {end}.")
-        return end
-
-
-def _name_log(data):
-    """Put a random field "log" into the stamp of the first line, so that no two logs begin alike."""
-    end = data.index(b"\n")
-    at = data.rindex(b', "producerId": ', 0, end)
-    return b'%b, "log": "%b"%b' % (data[:at], secrets.token_hex(16).encode(), data[at:])
-
-
-def stamp(text, producer, sequence):
-    """Return the line to be logged for the event in text, a JSON object, without LF."""
-    text = text.rstrip().replace("\r", " ").replace("\n", " ")
-    return f'{text[:-1]}, "producerId": "{producer}", "sequence": {sequence}}}'
+            if error.errno not in unless:
+                words = (f"a sync failed ({error.strerror}), and its last lines may not be on the disk. Move the log "
+                         "aside before you start the server again")
+                self.failed = OSError(error.errno, words)
+                raise self.failed from error
 
 
 # ---- The database ---------------------------------------------------------------------------------------------------
 
-class DatabaseUnavailable(Exception):
-    """The database gave no answer in time."""
-
-
 class Database:
     """One connection, used by one thread of its own, so that a database that hangs holds up nothing else."""
+
+    # One round trip and one transaction: a connection that a pooler shares keeps nothing of it.
+    QUERY = f"""
+        SET LOCAL statement_timeout = {DATABASE_SECONDS * 1000};
+        SELECT (SELECT trim_scale(revenue)::text FROM users_revenue WHERE user_id = %s)"""
 
     def __init__(self):
         self._connection = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._troubles = Troubles()
 
     def revenue(self, user):
-        """Return the user's revenue as exact decimal text, None without any; raise DatabaseUnavailable after 2 s."""
-        query = self._thread.submit(self._query, user)
+        """Return the user's revenue as exact decimal text, or None without any; raise Failure if the database gives no
+        answer within DATABASE_SECONDS."""
         try:
-            return query.result(DATABASE_SECONDS)
-        except (psycopg2.Error, TimeoutError) as error:
+            query = self._thread.submit(self._query, user)
+            revenue = query.result(DATABASE_SECONDS)
+        except TimeoutError:
             query.cancel()
-            raise DatabaseUnavailable from error
+            why = f"no answer within {DATABASE_SECONDS} seconds"
+        except (psycopg2.Error, Failure, RuntimeError) as error:  # RuntimeError: no more threads
+            why = reason(error)
+        else:
+            self._troubles.end("The database", "it answers again.")
+            return revenue
+        self._troubles.begin("The database", f"{why.rstrip('.')}.")
+        raise Failure("the database does not answer")
 
     def _query(self, user):
-        reused = self._connection is not None and not self._connection.closed
-        if not reused:
-            # The last ends the wait for a host that vanished, of which statement_timeout would hear nothing.
-            self._connection = connect(connect_timeout=DATABASE_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000)
-            self._connection.autocommit = True
-        try:
-            with self._connection.cursor() as sql:
-                if not reused:
-                    sql.execute("SET statement_timeout = %s", [DATABASE_SECONDS * 1000])
-                sql.execute("SELECT trim_scale(revenue)::text FROM users_revenue WHERE user_id = %s", [user])
-                row = sql.fetchone()
-                return row and row[0]
-        except psycopg2.errors.UndefinedTable:
-            return None
-        except psycopg2.errors.QueryCanceled:
-            raise
-        except (psycopg2.OperationalError, psycopg2.InterfaceError):
-            self._connection.close()
-            if reused:
-                return self._query(user)  # the database was restarted since
-            raise
+        for fresh in (False, True):
+            if self._connection is None:
+                # tcp_user_timeout: when the database's host vanishes, nobody is left to enforce statement_timeout.
+                self._connection = connect(connect_timeout=DATABASE_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000)
+                self._connection.autocommit = True
+            try:
+                with self._connection.cursor() as sql:
+                    sql.execute(self.QUERY, [user])
+                    return sql.fetchone()[0]
+            except psycopg2.errors.UndefinedTable:
+                return None
+            except psycopg2.errors.QueryCanceled:
+                raise
+            except (psycopg2.OperationalError, psycopg2.InterfaceError):  # the database was restarted, perhaps
+                self._connection.close()
+                self._connection = None
+                if fresh:
+                    raise
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n")
-FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\0\r\n]*)\r\n")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
-ABSOLUTE_FORM = re.compile(rb"(?i)https?://([^/?#]*)(/.*)")
-LOOPBACK_HOST = re.compile(rb"(?i)(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?")
-ONCE = {b"host", b"authorization", b"content-length", b"transfer-encoding", b"content-type", b"producer-id",
-        b"sequence", b"expect"}
+TOKEN = r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+)"
+REQUEST_LINE = re.compile(TOKEN + r" ([!-~\x80-\xff]+) (HTTP/([0-9])\.[0-9])\r\n")
+HEADER = re.compile(TOKEN + r":([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
+ABSOLUTE_FORM = re.compile(r"(?i)https?://([^/?#]*)(/.*)")
+LOOPBACK_HOST = re.compile(r"(?i)(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?")
+ONCE = {"host", "authorization", "content-length", "transfer-encoding", "content-type", "content-encoding",
+        "producer-id", "sequence", "expect"}
 
+METHODS = {"/liveEvent": ("POST", "OPTIONS"), "/userEvents/": ("GET", "HEAD"), "/health": ("GET", "HEAD")}
 JSON, NDJSON = "application/json", "application/x-ndjson"
 ACCEPT_POST = {"Accept-Post": f"{JSON}, {NDJSON}"}
-RECEIVED = b'{"message": "Event received"}'
-TOO_LARGE = 413, "the body must be at most 1 MiB long"
+TOO_LARGE = 413, f"the body must be at most {MAX_BODY_BYTES:,} bytes long"
+NOT_WHOLE = 408, f"the request ended early or took longer than {REQUEST_SECONDS} seconds"
+
+http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 class Refusal(Exception):
@@ -249,25 +285,27 @@ class Refusal(Exception):
         self.answer = status, json.dumps({"error": error}).encode(), dict(headers)
 
 
-class PeerGone(OSError):
-    """The connection ended where a request should have gone on, or began none."""
+def require(condition, status, error, headers=()):
+    """Raise Refusal unless condition holds."""
+    if not condition:
+        raise Refusal(status, error, headers)
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second):
-    """Return the Date header's value for a POSIX time."""
-    return email.utils.formatdate(second, usegmt=True)
-
-
-def render(status, body, headers, close):
-    """Return the bytes of an answer."""
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    if status != 204:
-        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-    if close:
-        lines.append("Connection: close")
-    return "\r\n".join([*lines, "", ""]).encode() + body
+def check_lines(body):
+    """Return the events in body, as {index of a line: that line, or it and the lines that follow it}, and what is wrong
+    with the other lines, as [{"line": number, "error": words}]; blank lines are skipped."""
+    if is_plain(body):
+        return {0: body}, []
+    accepted, rejected = {}, []
+    for index, line in enumerate(body[:-1].split(b"\n")):
+        try:
+            if line.strip():
+                if not is_plain(line + b"\n"):
+                    check_event(line)
+                accepted[index] = as_line(line) + b"\n"
+        except ValueError as error:  # only its words are kept: an exception drags its frames along
+            rejected.append({"line": index + 1, "error": str(error)})
+    return accepted, rejected
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -275,147 +313,124 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     disable_nagle_algorithm = True
 
-    def setup(self):
-        """No answer is pending yet."""
-        super().setup()
-        self.answered = threading.Event()
-        self.answered.set()
-
-    def finish(self):
-        """Let the last answer go out before the connection is closed."""
-        self.answered.wait()
-        super().finish()
+    def handle(self):
+        """Answer one request after the other, while the connection is kept."""
+        self.close_connection = False
+        self.owed = threading.Lock()  # held while the log has an answer to send
+        try:
+            while not self.close_connection and self.rfile.peek(1):
+                with self.owed:
+                    self.set_deadline(REQUEST_SECONDS)
+                if not self.close_connection:  # as the answer that was owed can have announced
+                    self.handle_one_request()
+        finally:
+            self.owed.acquire()  # the last answer goes out before the connection is closed
 
     def handle_one_request(self):
-        """Answer one request; keep the connection only when all of the request was read."""
-        self.close_connection = True
-        self.unread = True
-        self.method = None
-        if self.answered.is_set():
-            self.set_deadline(REQUEST_SECONDS)
+        """Read one request and answer it, or have it answered by the log."""
+        self.command, self.unread = None, True
         try:
-            self.read_head()
-            answer = self.route()
-            if answer is None:
-                return  # it is sent when the events are on the disk
+            self.parse_request()
+            answer = self.find_method()()
         except Refusal as refusal:
             answer = refusal.answer
-        except OSError:  # the connection broke, or we ended its reading
-            if not self.server.overdue(self.connection) or self.method is None:
-                return
-            answer = Refusal(408, "the request took longer than 30 seconds").answer
+        except OSError:  # the peer is gone
+            self.close_connection = True
+            return
         except Exception:
-            traceback.print_exc()
+            report_defect()
             answer = Refusal(500, "internal error").answer
-        self.set_deadline(REQUEST_SECONDS)
-        self.send_answer(*answer)
+        if answer is not None:
+            self.send_answer(*answer)
 
     def set_deadline(self, seconds):
-        """Allow this connection so many seconds from now for what it does next."""
+        """Allow this connection so many seconds from now for what it does next; see Worker.cut_off_overdue."""
         self.server.deadlines[self.connection] = time.monotonic() + seconds
 
     # -- Reading
 
-    def read_line(self, too_long=431):
-        """Return the next line of the head or of the chunked framing, or raise PeerGone or Refusal."""
-        line = self.rfile.readline(MAX_LINE_BYTES + 1)
-        if not line.endswith(b"\n"):
-            if len(line) > MAX_LINE_BYTES:
-                raise Refusal(too_long, f"a line is longer than {MAX_LINE_BYTES} bytes")
-            raise PeerGone
-        return line
-
-    def read_head(self):
-        """Read and check a request's line and fields, or raise PeerGone or Refusal."""
-        if not self.rfile.peek(1):
-            raise PeerGone
-        self.answered.wait()
-        self.set_deadline(REQUEST_SECONDS)
-        self.method = b""  # a request has begun
+    def parse_request(self):
+        """Read and check the request line and the headers, or raise Refusal."""
         line = self.read_line(414)
-        if line == b"\r\n":  # RFC 9112, 2.2: some clients send one too many after a body
+        if line == "\r\n":  # RFC 9112, 2.2: some clients send one too many after a body
             line = self.read_line(414)
         match = REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise Refusal(400, "malformed request line")
-        self.method, self.target, major, minor = match.groups()
-        if major != b"1":
-            raise Refusal(505, "the server speaks HTTP/1.1")
-        self.fields = self.read_fields()
-        if absolute := ABSOLUTE_FORM.fullmatch(self.target):  # RFC 9112, 3.2.2: it overrides Host
-            self.fields[b"host"], self.target = absolute.groups()
-        self.path = self.target.partition(b"?")[0].decode("latin-1")  # still percent-encoded
-        self.persistent = minor != b"0"
+        require(match, 400, "malformed request line")
+        self.command, target, self.request_version, major = match.groups()
+        require(major == "1", 505, "the server speaks HTTP/1.1")
+        self.headers = self.read_headers()
         self.check_framing()
+        if absolute := ABSOLUTE_FORM.fullmatch(target):  # RFC 9112, 3.2.2: it overrides Host
+            self.headers["host"], target = absolute.groups()
+        self.path = target.partition("?")[0]  # still percent-encoded
         self.check_access()
 
-    def read_fields(self):
-        """Return {lower-case name: value} of the fields up to the empty line."""
-        fields, size = {}, 0
-        for _ in range(MAX_FIELDS + 1):
+    def read_line(self, too_long=431):
+        """Return the next line of the head or of the chunked framing, or raise Refusal."""
+        line = self.rfile.readline(MAX_LINE_BYTES + 1)
+        require(len(line) <= MAX_LINE_BYTES, too_long, "a line is too long")
+        require(line.endswith(b"\n"), *NOT_WHOLE)
+        return line.decode("latin-1")
+
+    def read_headers(self):
+        """Return {lower-case name: value} of the headers up to the empty line, or raise Refusal."""
+        headers, size = {}, 0
+        for _ in range(MAX_HEADERS + 1):
             line = self.read_line()
-            if line == b"\r\n":
-                return fields
+            if line == "\r\n":
+                return headers
             size += len(line)
-            match = FIELD.fullmatch(line)
-            if not match:
-                raise Refusal(400, "malformed header field")
-            name, value = match[1].lower(), match[2].strip(b" \t")
-            if name in fields:
-                if name in ONCE:
-                    raise Refusal(400, f"repeated header {name.decode().title()}")
-                value = fields[name] + b", " + value
-            fields[name] = value
+            match = HEADER.fullmatch(line)
+            require(match, 400, "malformed header")
+            name, value = match[1].lower(), match[2].strip(" \t")
+            require(name not in headers or name not in ONCE, 400, "a header is repeated that must stand once")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
             if size > MAX_HEAD_BYTES:
                 break
-        raise Refusal(431, "too many header fields")
+        raise Refusal(431, "too many headers")
 
     def check_framing(self):
-        """Find out how long the body is: length is a number of bytes, None for a chunked body or no body at all."""
-        coding, length = self.fields.get(b"transfer-encoding"), self.fields.get(b"content-length")
-        if coding is not None and (length is not None or coding.lower() != b"chunked" or not self.persistent):
-            raise Refusal(400, "a body must have either one Content-Length or, in HTTP/1.1, Transfer-Encoding: chunked")
-        if length is not None and not length.isdigit():  # of bytes: ASCII digits
-            raise Refusal(400, "malformed Content-Length")
-        if self.persistent and b"host" not in self.fields:
-            raise Refusal(400, "the Host header is missing")
+        """Find out whether the connection is kept and how long the body is: length is a number of bytes, or None if the
+        body is chunked or there is none. Or raise Refusal."""
+        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
+        old = self.request_version == "HTTP/1.0"
+        require(coding is None or length is None and coding.lower() == "chunked" and not old, 400,
+                "a body must have either one Content-Length or, in HTTP/1.1, Transfer-Encoding: chunked")
+        require(length is None or re.fullmatch("[0-9]+", length), 400, "malformed Content-Length")
+        require(old or "host" in self.headers, 400, "the Host header is missing")
         self.chunked = coding is not None
-        # Sixteen digits are too large, and 4,301 are more than int() takes.
-        self.length = None if length is None else int(length.lstrip(b"0")[:16] or b"0")
+        # Sixteen digits already exceed every limit, and int() refuses more than 4,300.
+        self.length = None if length is None else int(length.lstrip("0")[:16] or "0")
         self.unread = self.chunked or bool(self.length)
-        self.close_connection = not self.persistent or b"close" in self.fields.get(b"connection", b"").lower()
+        self.close_connection = old or "close" in self.headers.get("connection", "").lower()
 
     def check_access(self):
-        """Refuse who may not ask."""
+        """Raise Refusal unless the sender may ask."""
         secret = self.server.authorization
         if secret is None:
-            # A web page in a browser on this machine can reach a loopback address by a name of its own.
-            if not LOOPBACK_HOST.fullmatch(self.fields.get(b"host", b"")):
-                raise Refusal(421, "without EVENTS_AUTHORIZATION only requests to a loopback host are served")
+            # DNS rebinding: a web page can make a local browser send requests here under the page's own host name.
+            require(LOOPBACK_HOST.fullmatch(self.headers.get("host", "")), 421,
+                    "without EVENTS_AUTHORIZATION only requests to a loopback host are served")
         elif self.path != "/health":
-            if not hmac.compare_digest(self.fields.get(b"authorization", b""), secret):
-                raise Refusal(401, "the Authorization header is missing or wrong", {"WWW-Authenticate": "Bearer"})
+            require(hmac.compare_digest(self.headers.get("authorization", "").encode("latin-1"), secret), 401,
+                    "the Authorization header is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
     def read_body(self):
-        """Return the body, decoded; ask for it first when the sender waits to be asked."""
-        if not self.chunked and self.length is None:
-            raise Refusal(411, "the request must have a Content-Length or be chunked")
-        if self.length is not None and self.length > MAX_BODY_BYTES:
-            raise Refusal(*TOO_LARGE)
-        expect = self.fields.get(b"expect")
-        if expect is not None and self.unread and self.persistent:  # HTTP/1.0 knows none (RFC 9110, 10.1.1)
-            if expect.lower() != b"100-continue":
-                raise Refusal(417, "the only known expectation is 100-continue")
+        """Return the body, decoded; ask for it first when the sender waits to be asked. Or raise Refusal."""
+        require(self.chunked or self.length is not None, 411, "the request must have a Content-Length or be chunked")
+        require(self.chunked or self.length <= MAX_BODY_BYTES, *TOO_LARGE)
+        expect = self.headers.get("expect")
+        if expect is not None and self.unread and self.request_version != "HTTP/1.0":  # RFC 9110, 10.1.1
+            require(expect.lower() == "100-continue", 417, "the only known expectation is 100-continue")
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.read_chunks() if self.chunked else self.read_exactly(self.length)
         self.unread = False
         return body
 
     def read_exactly(self, length):
-        """Return length bytes, or raise PeerGone."""
+        """Return length bytes, or raise Refusal."""
         data = self.rfile.read(length)
-        if len(data) < length:
-            raise PeerGone
+        require(len(data) == length, *NOT_WHOLE)
         return data
 
     def read_chunks(self):
@@ -423,131 +438,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         chunks, total = [], 0
         while True:
             match = CHUNK_SIZE.fullmatch(self.read_line(400))
-            if not match:
-                raise Refusal(400, "malformed chunk size")
+            require(match, 400, "malformed chunk size")
             size = int(match[1], 16)
             if size == 0:
-                self.read_fields()
+                self.read_headers()
                 return b"".join(chunks)
             total += size
-            if total > MAX_BODY_BYTES:
-                raise Refusal(*TOO_LARGE)
+            require(total <= MAX_BODY_BYTES, *TOO_LARGE)
             chunks.append(self.read_exactly(size))
-            if self.read_exactly(2) != b"\r\n":
-                raise Refusal(400, "a chunk is longer than its size")
+            require(self.read_exactly(2) == b"\r\n", 400, "a chunk is longer than its size")
 
-    # -- Answering
+    # -- The methods: each returns (status, body, headers), or None when the log sends the answer
 
-    def route(self):
-        """Return (status, body, headers) for the request that was read, or None when it will be answered later."""
-        methods = self.ROUTES.get("/userEvents/" if self.path.startswith("/userEvents/") else self.path)
-        if methods is None:
-            raise Refusal(404, "no such path; there are /liveEvent, /userEvents/<userId> and /health")
-        if self.method not in methods:
-            allowed = ", ".join([method.decode() for method in methods])
-            raise Refusal(405, f"the methods here are: {allowed}", {"Allow": allowed})
-        return methods[self.method](self)
+    def find_method(self):
+        """Return the method that answers the request, or raise Refusal."""
+        methods = METHODS.get("/userEvents/" if self.path.startswith("/userEvents/") else self.path)
+        require(methods, 404, "no such path; there are /liveEvent, /userEvents/<userId> and /health")
+        allowed = ", ".join(methods)
+        require(self.command in methods, 405, f"the methods here are: {allowed}", {"Allow": allowed})
+        return getattr(self, f"do_{self.command}")
 
-    def post_events(self):
-        """Log one event, or a batch, and answer when it is durable."""
-        media = self.fields.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
-        if media not in (JSON, NDJSON):
-            raise Refusal(415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST)
-        producer, first = self.read_name()
-        body = self.read_body()
-        if media == NDJSON:
-            return self.log_batch(body, producer, first)
-        try:
-            event = decode_event(body)
-            amount_of(event)
-            check_unnamed(event)
-        except ValueError as error:
-            raise Refusal(400, str(error)) from None
-        if producer is None:
-            producer, first = self.server.take_names(1)
-        return self.log(stamp(body.decode(), producer, first) + "\n", RECEIVED)
+    def do_OPTIONS(self):
+        """Answer what may be sent."""
+        return 204, b"", {"Allow": ", ".join(METHODS["/liveEvent"])} | ACCEPT_POST
 
-    def read_name(self):
-        """Return the producer id and the sequence that the sender gave, or None and None."""
-        producer, sequence = self.fields.get(b"producer-id"), self.fields.get(b"sequence")
-        if producer is None and sequence is None:
-            return None, None
-        if producer is None or sequence is None:
-            raise Refusal(400, "Producer-Id and Sequence must be sent together")
-        try:
-            producer = producer.decode("latin-1")
-            sequence = int(sequence) if re.fullmatch(rb"[0-9]{1,16}", sequence) else None
-            check_name(producer, sequence)
-        except ValueError as error:
-            raise Refusal(400, f"Producer-Id and Sequence: {error}") from None
-        return producer, sequence
-
-    def log_batch(self, body, producer, first):
-        """Log the valid lines of an NDJSON body, and answer how many they were and what is wrong with the others."""
-        if not body.endswith(b"\n"):
-            body += b"\n"
-        lines = body.count(b"\n")
-        if lines > MAX_LINES:
-            raise Refusal(413, f"a batch must have at most {MAX_LINES:,} lines")
-        if producer is not None and first + lines - 1 > MAX_SEQUENCE:
-            raise Refusal(400, "the last line's sequence would be above 2^53 - 1")
-        accepted, rejected = [], []
-        for number, event in enumerate(decode_lines(body)):
-            try:
-                if type(event) is dict:
-                    amount_of(event)
-                    check_unnamed(event)
-                    accepted.append(number)
-                elif event is not None:
-                    raise event
-            except ValueError as error:
-                rejected.append({"line": number + 1, "error": str(error)})
-        answer = json.dumps({"message": "Events received", "accepted": len(accepted), "rejected": rejected}).encode()
-        if not accepted:
-            return 200, answer, {}
-        if producer is None:
-            producer, first = self.server.take_names(lines)
-        texts = body.split(b"\n")
-        return self.log("\n".join([stamp(texts[i].decode(), producer, first + i) for i in accepted]) + "\n", answer)
-
-    def log(self, lines, body):
-        """Have lines logged and then answered with 200 and body, or with an error, by the thread that syncs them."""
-        lines, close = lines.encode(), self.close_connection
-
-        def answer(error):
-            status, content = 200, body
-            if error:
-                full = getattr(error, "errno", None) in NO_SPACE and not isinstance(error, SyncFailed)
-                status = 507 if full else 503
-                content = Refusal(status, f"the log cannot be written: {getattr(error, 'strerror', error)}").answer[1]
-            self.set_deadline(REQUEST_SECONDS)
-            self.send_without_waiting(render(status, content, {}, close))
-        self.set_deadline(float("inf"))  # however long the disk takes
-        self.answered.clear()
-        self.server.log.append(lines, answer)
-
-    def send_without_waiting(self, data):
-        """Send data, in a thread of its own should the peer not read what it was sent before."""
-        try:
-            with contextlib.suppress(BlockingIOError):
-                data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
-            if data:
-                threading.Thread(target=self.send_rest, args=[data], daemon=True).start()
-                return
-        except OSError:
-            pass  # the peer is gone
-        except RuntimeError:  # no more threads: this peer loses its answer, the others must not
-            _shut(self.connection, socket.SHUT_RDWR)
-        self.answered.set()
-
-    def send_rest(self, data):
-        """Send data, however long the peer takes."""
-        with contextlib.suppress(OSError):  # the peer is gone, or was cut off
-            self.connection.sendall(data)
-        self.answered.set()
-
-    def get_revenue(self):
-        """Answer a user's revenue, digit for digit."""
+    def do_GET(self):
+        """Answer that the server is well, or a user's revenue, digit for digit."""
+        if self.path == "/health":
+            return 200, b'{"status": "ok"}', {}
         encoded = self.path.removeprefix("/userEvents/")
         try:
             if re.search("%(?![0-9A-Fa-f]{2})", encoded):
@@ -558,123 +476,137 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             # psycopg2 refuses a NUL with ValueError: no such user can be stored.
             revenue = None if "\0" in user else self.server.database.revenue(user)
-        except DatabaseUnavailable:
-            raise Refusal(503, "the database does not answer", {"Retry-After": "2"}) from None
-        if revenue is None:
-            raise Refusal(404, "no revenue is known for this user")
+        except Failure as failure:
+            raise Refusal(503, str(failure), {"Retry-After": "2"}) from None
+        require(revenue is not None, 404, "no revenue is known for this user")
         return 200, f'{{"userId": {json.dumps(user)}, "revenue": {revenue}}}'.encode(), {}
 
-    ROUTES = {
-        "/liveEvent": {b"POST": post_events,
-                       b"OPTIONS": lambda self: (204, b"", {"Allow": "POST, OPTIONS"} | ACCEPT_POST)},
-        "/userEvents/": {b"GET": get_revenue},
-        "/health": {b"GET": lambda self: (200, b'{"status": "ok"}', {})}}
+    do_HEAD = do_GET  # render() leaves the body out
+
+    def do_POST(self):
+        """Log one event, or a batch, and answer when it is durable."""
+        media = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        require(media in (JSON, NDJSON), 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST)
+        require(self.headers.get("content-encoding", "identity").lower() == "identity", 415,
+                "the body must not be compressed", {"Accept-Encoding": "identity"} | ACCEPT_POST)
+        producer, first = self.read_id()
+        body = self.read_body()
+        if media == JSON:
+            return self.log_event(body, producer, first)
+        with self.server.decoding:
+            answer = self.log_batch(body, producer, first)
+            if len(body) > MAX_EVENT_BYTES:  # its lines fill memory until they are on the disk: others wait for that
+                with self.owed:
+                    pass
+            return answer
+
+    def read_id(self):
+        """Return the producer id and the sequence that the sender gave, or None and None; or raise Refusal."""
+        producer, sequence = self.headers.get("producer-id"), self.headers.get("sequence")
+        if producer is None and sequence is None:
+            return None, None
+        try:
+            sequence = int(sequence) if re.fullmatch("[0-9]{1,16}", sequence or "") else None
+            check_id(producer, sequence)
+        except ValueError as error:
+            raise Refusal(400, f"both Producer-Id and Sequence are needed, or neither: {error}") from None
+        return producer, sequence
+
+    def log_event(self, body, producer, first):
+        """Log the one event in body, or raise Refusal."""
+        try:
+            if b"\n" in body or not is_plain(body + b"\n"):
+                check_event(body)
+        except ValueError as error:
+            raise Refusal(400, str(error)) from None
+        if producer is None:
+            producer, first = self.server.assign_ids(1)
+        return self.log_and_answer(stamp(as_line(body) + b"\n", producer, first), b'{"message": "Event received"}')
+
+    def log_batch(self, body, producer, first):
+        """Log the valid lines of an NDJSON body, and answer how many they were and what is wrong with the others."""
+        if not body.endswith(b"\n"):
+            body += b"\n"
+        count = body.count(b"\n")
+        require(count <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES:,} lines")
+        require(producer is None or first + count - 1 <= MAX_SEQUENCE, 400,
+                "the last line's sequence would be above 2^53 - 1")
+        accepted, rejected = check_lines(body)
+        if producer is None:  # consecutive ids for the events alone: every gap would stay in the database
+            accepted = {0: b"".join(accepted.values())}
+            producer, first = self.server.assign_ids(accepted[0].count(b"\n"))
+        lines = b"".join([stamp(lines, producer, first + index) for index, lines in accepted.items()])
+        answer = {"message": "Events received", "accepted": lines.count(b"\n"), "rejected": rejected}
+        return self.log_and_answer(lines, json.dumps(answer).encode())
+
+    # -- Answering
+
+    def log_and_answer(self, lines, body):
+        """Have lines logged and then answered with 200 and body, or with an error, by the thread that syncs them."""
+        if not lines:
+            return 200, body, {}
+
+        def answer(error):
+            if error is None:
+                return self.send_owed(200, body, {})
+            full = getattr(error, "errno", None) in NO_SPACE and error is not self.server.log.failed
+            refusal = Refusal(507 if full else 503, f"the log cannot be written: {reason(error)}")
+            self.send_owed(*refusal.answer)
+        self.set_deadline(float("inf"))  # while we wait for the disk: that delay is ours, not the peer's
+        self.owed.acquire()
+        self.server.log.append(lines, answer)
+
+    def send_owed(self, status, body, headers):
+        """Send the answer that is owed without waiting or, should the peer not read, in a thread of its own."""
+        self.set_deadline(IDLE_SECONDS)
+        try:
+            data = self.render(status, body, headers)
+            with contextlib.suppress(BlockingIOError):
+                data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
+            if data:
+                threading.Thread(target=self.send_rest, args=[data], daemon=True).start()
+                return
+        except (OSError, RuntimeError, MemoryError):  # the peer is gone; or there is no thread or memory for its answer
+            _shut(self.connection, socket.SHUT_RDWR)
+        self.owed.release()
+
+    def send_rest(self, data):
+        """Send what is left of the answer that is owed, however long the peer takes."""
+        with contextlib.suppress(OSError):  # the peer is gone, or was cut off
+            self.connection.sendall(data)
+        self.owed.release()
 
     def send_answer(self, status, body, headers):
-        """Send the answer in one piece, and end a connection on which a part of the request was not read."""
+        """Send an answer, and end a connection on which a part of the request was not read."""
         if self.unread:
             self.close_connection = True
-        answer = render(status, body, headers, self.close_connection)
-        self.connection.sendall(answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.method == b"HEAD" else answer)
+        self.set_deadline(IDLE_SECONDS)
+        self.connection.sendall(self.render(status, body, headers))
         if self.unread:
             self.linger()
 
+    def render(self, status, body, headers):
+        """Return the bytes of an answer."""
+        if self.server.stopping:
+            self.close_connection = True
+        date = http_date(int(time.time()), usegmt=True)
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {date}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if status != 204:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        if self.close_connection:
+            lines.append("Connection: close")
+        head = "\r\n".join([*lines, "", ""]).encode()
+        return head if self.command == "HEAD" else head + body
+
     def linger(self):
-        """Read on for a moment without looking: closing a socket with unread data resets the connection, and the answer
-        may be lost on its way (RFC 9112, 9.6)."""
+        """Read on for a moment and discard: closing a socket with unread data resets the connection, and the answer may
+        be lost on its way (RFC 9112, 9.6)."""
+        end, drained = time.monotonic() + DRAIN_SECONDS, 0
         self.set_deadline(DRAIN_SECONDS)
         self.connection.shutdown(socket.SHUT_WR)
-        drained = 0
-        while drained < DRAIN_BYTES and not self.server.overdue(self.connection) and (data := self.rfile.read1(65536)):
+        while drained < DRAIN_BYTES and time.monotonic() < end and (data := self.rfile.read1(65536)):
             drained += len(data)
-
-
-# ---- The processes --------------------------------------------------------------------------------------------------
-
-class Worker(http.server.ThreadingHTTPServer):
-    """One process's share of the server: a thread a connection, on a listening socket that all workers share."""
-
-    def __init__(self, listener, log, authorization):
-        super().__init__(listener.getsockname(), Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
-        self.log = log
-        self._producer, self._next_sequence = secrets.token_urlsafe(16), 1
-        self._naming = threading.Lock()
-        self.database = Database()
-        self.authorization = authorization
-        self.deadlines = {}  # connection: when it is cut off, in seconds of time.monotonic
-        self._next_look = 0.0
-
-    def run(self, lifeline):
-        """Serve until the lifeline, a pipe's reading end, reports that the parent stops or is dead, or until the log
-        fails; finish what was received, and return the exit status."""
-        threading.Thread(target=self._await_end, args=[lifeline], daemon=True).start()
-        self.serve_forever(poll_interval=0.1)
-        try:
-            while True:
-                self.process_request(*self.get_request())  # the backlog: it may have sent its requests
-        except (OSError, RuntimeError):
-            self.socket.close()
-        for connection in list(self.deadlines):
-            _shut(connection, socket.SHUT_RD)  # on Linux, what has arrived can still be read
-        end = time.monotonic() + STOP_SECONDS
-        while self.deadlines and time.monotonic() < end:
-            time.sleep(0.01)
-        return EXIT_SYNC_FAILED if self.log.failed else 0
-
-    def _await_end(self, lifeline):
-        os.read(lifeline, 1)
-        self.shutdown()
-
-    def get_request(self):
-        """Accept a connection, or raise OSError when another worker was faster or when there are too many."""
-        if len(self.deadlines) >= MAX_CONNECTIONS:
-            time.sleep(0.05)
-            raise BlockingIOError
-        try:
-            connection, address = self.socket.accept()
-        except BlockingIOError:
-            raise
-        except OSError:
-            time.sleep(0.05)  # out of descriptors: until one is free
-            raise
-        connection.setblocking(True)  # macOS hands the listener's mode on
-        self.deadlines[connection] = time.monotonic() + REQUEST_SECONDS
-        return connection, address
-
-    def shutdown_request(self, request):
-        """Forget and close a connection."""
-        self.deadlines.pop(request, None)
-        super().shutdown_request(request)
-
-    def take_names(self, count):
-        """Return the names for count events that come without: this worker's producer id, and the first's sequence."""
-        with self._naming:
-            self._next_sequence += count
-            return self._producer, self._next_sequence - count
-
-    def overdue(self, connection):
-        """Tell whether the connection has passed its deadline."""
-        return time.monotonic() > self.deadlines.get(connection, 0)
-
-    def service_actions(self):
-        """Once a second cut off the connections that are overdue: first their reading, so that the answer can still be
-        sent, then everything."""
-        now = time.monotonic()
-        if self.log.failed:
-            threading.Thread(target=self.shutdown, daemon=True).start()
-        if now < self._next_look:
-            return
-        self._next_look = now + 1
-        for connection, deadline in list(self.deadlines.items()):
-            if now > deadline:
-                _shut(connection, socket.SHUT_RD if now < deadline + DRAIN_SECONDS else socket.SHUT_RDWR)
-
-    def handle_error(self, request, client_address):
-        """Report a defect of ours; a peer that went away is none."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            traceback.print_exc()
 
 
 def _shut(connection, how):
@@ -682,70 +614,151 @@ def _shut(connection, how):
         connection.shutdown(how)
 
 
-class Supervisor:
-    """The parent: it keeps the workers alive, and they end when it does.
+# ---- The processes --------------------------------------------------------------------------------------------------
 
-    Workers hold the reading end of a pipe whose only writing end is the parent's. Closing it, on purpose or by dying,
-    is the one signal to stop.
-    """
+class Worker:
+    """One process's share of the server: a thread a connection, on a listening socket that all workers share."""
 
-    def __init__(self, start_worker, count):
-        self._start_worker, self._count = start_worker, count
-        self._lifeline, self._hold = os.pipe()
-        self._stopping = False
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it gets no children from os.wait
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop())
-        self._workers = {self._fork() for _ in range(count)}
+    def __init__(self, listener, log, authorization):
+        self.log, self.authorization = log, authorization
+        self.database = Database()
+        self.decoding = threading.Semaphore(DECODED_BATCHES)
+        self.stopping = False  # every answer ends its connection
+        self.deadlines = {}  # {connection: when it is cut off, in seconds of time.monotonic}, for all that are open
+        self._listener = listener
+        self._accepted = None  # the connection that has no thread yet
+        self._producer, self._next_sequence = secrets.token_urlsafe(16), 1
+        self._id_lock = threading.Lock()
+        self._next_look = 0.0
 
-    def run(self):
-        """Keep the workers running until SIGTERM, Ctrl-C or a failed sync; return the exit status."""
-        status = 0
-        while self._workers:
-            pid, ended = os.wait()
-            if pid not in self._workers:
-                continue  # a child of the program that this process was before, or an orphan that PID 1 inherits
-            self._workers.remove(pid)
-            code = os.waitstatus_to_exitcode(ended)
-            if code == EXIT_SYNC_FAILED:
-                status = 1
-                self._stop()
-            while len(self._workers) < self._count and not self._stopping:
-                say(f"A worker ended with status {code}; starting another.")
-                time.sleep(RESTART_SECONDS)
-                with contextlib.suppress(OSError):  # no room for another process now
-                    self._workers.add(self._fork())
-        return status
+    def run(self, lifeline):
+        """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or until a sync of the
+        log fails; then finish what was received, for at most STOP_SECONDS."""
+        ready = []
+        while lifeline not in ready and not self.log.failed:
+            ready, _, _ = select.select([self._listener, lifeline], [], [], 0.1)
+            if self._listener in ready or self._accepted:
+                self.accept()
+            self.cut_off_overdue()
+        self.stopping, now = True, time.monotonic()
+        while time.monotonic() < now + BACKLOG_SECONDS and self.accept():
+            pass  # take what the kernel has accepted: those peers may have sent requests
+        self._listener.close()
+        for connection in list(self.deadlines):
+            _shut(connection, socket.SHUT_RD)  # on Linux, what has arrived can still be read
+        while self.deadlines and time.monotonic() < now + STOP_SECONDS:
+            time.sleep(0.01)
 
-    def _stop(self):
-        if not self._stopping:
-            self._stopping = True
-            os.close(self._hold)
-
-    def _fork(self):
-        if pid := os.fork():
-            return pid
-        status = 1
+    def accept(self):
+        """Serve a connection from the backlog in a thread of its own; return False if that is not possible now."""
         try:
-            # A terminal or systemd tells every process to stop, but the parent decides.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-            if not self._stopping:
-                os.close(self._hold)
-            status = self._start_worker(self._lifeline)
+            if len(self.deadlines) >= MAX_CONNECTIONS:
+                raise OSError("too many connections")
+            if self._accepted is None:
+                self._accepted = connection, _ = self._listener.accept()
+                connection.setblocking(True)  # on macOS an accepted socket inherits the listener's non-blocking mode
+                self.deadlines[connection] = time.monotonic() + IDLE_SECONDS
+            threading.Thread(target=self.serve_connection, args=self._accepted, daemon=True).start()
+        except BlockingIOError:  # another worker was faster
+            return False
+        except (OSError, RuntimeError):  # too many connections, descriptors or threads: wait until one ends
+            time.sleep(PAUSE_SECONDS)
+            return False
+        self._accepted = None
+        return True
+
+    def serve_connection(self, connection, address):
+        """Serve a connection to its end."""
+        try:
+            Handler(connection, address, self)
+        except OSError:
+            pass  # the peer is gone
         except Exception:
-            traceback.print_exc()
+            report_defect()
         finally:
-            os._exit(status)  # without waiting for a thread that hangs in a database
+            self.deadlines.pop(connection, None)
+            connection.close()
+
+    def assign_ids(self, count):
+        """Return ids for count events that come without: this worker's producer id and the first sequence."""
+        with self._id_lock:
+            self._next_sequence += count
+            return self._producer, self._next_sequence - count
+
+    def cut_off_overdue(self):
+        """Once a second cut off the connections that are past their deadlines: first their reading, so that an answer
+        can still be sent, and DRAIN_SECONDS later everything."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + 1
+        for connection, deadline in list(self.deadlines.items()):
+            if now > deadline:
+                _shut(connection, socket.SHUT_RD if now < deadline + DRAIN_SECONDS else socket.SHUT_RDWR)
 
 
-def listen(host, port):
-    """Return a listening socket, or raise OSError."""
-    addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, address = addresses[0]
-    listener = socket.create_server(address, family=family, backlog=BACKLOG)
-    listener.setblocking(False)  # all workers wake for a connection that one of them gets
-    return listener
+def supervise(serve, count, announcement):
+    """Start count processes that run serve(lifeline), say announcement, and replace those that die, until SIGTERM,
+    Ctrl-C or a failed sync; return the exit status.
 
+    lifeline is the reading end of a pipe whose only writing end is the parent's. Closing it, on purpose or by dying, is
+    the one signal to stop.
+    """
+    lifeline, writing_end = os.pipe()
+    hold = open(writing_end, "wb", buffering=0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, the kernel would not report a worker's end
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: hold.close())
+    workers, status = set(), 0
+    while workers or not hold.closed:
+        try:
+            while len(workers) < count and not hold.closed:
+                workers.add(fork_worker(serve, lifeline, hold))
+            if announcement:
+                say(announcement)
+                announcement = None
+            pid, ended = os.wait()
+        except OSError:  # there is no room for another process now, or no process any more
+            time.sleep(RESTART_SECONDS)
+            continue
+        if pid not in workers:
+            continue  # a child of the program that this process was before, or an orphan that process 1 inherits
+        workers.remove(pid)
+        code = os.waitstatus_to_exitcode(ended)
+        if code == EXIT_SYNC_FAILED:
+            status = 1
+            hold.close()
+        elif not hold.closed:
+            warn(f"A worker ended with status {code}; starting another.")
+            time.sleep(RESTART_SECONDS)
+    return status
+
+
+def fork_worker(serve, lifeline, hold):
+    """Return the id of a new process that runs serve(lifeline) and exits with the status that it returns, or raise
+    OSError."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        # A terminal or systemd tells every process to stop, but the parent decides.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        hold.close()
+        status = serve(lifeline)
+    except Exception:
+        report_defect()
+    finally:
+        os._exit(status)  # without waiting for a thread that hangs in a database
+
+
+def serve(listener, path, authorization, lifeline):
+    """Run a worker on the listening socket and the log at path until lifeline ends; return its exit status."""
+    log = LogWriter(path)
+    Worker(listener, log, authorization).run(lifeline)
+    return EXIT_SYNC_FAILED if log.failed else 0
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
@@ -758,9 +771,11 @@ def parse_command_line(arguments):
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
     parser.add_argument("--log", default=DEFAULT_LOG, help="file to append to (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="processes (default: one per core, %(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(),
+                        help="processes (default: one per usable core, %(default)s)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.port <= 65535:
+        parser.error("--port must be from 0 to 65535")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
     return options
@@ -774,46 +789,51 @@ def allow_descriptors():
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def serve(listener, path, authorization, lifeline):
-    """Run a worker on the listening socket and the log at path; return the process's exit status."""
+def read_authorization():
+    """Return the value that the Authorization header must have, None if it may be missing; or raise Failure."""
+    value = os.fsencode(os.environ.get("EVENTS_AUTHORIZATION", "")).strip(b" \t")
+    if not HEADER.fullmatch(f"Authorization:{value.decode('latin-1')}\r\n"):
+        raise Failure("EVENTS_AUTHORIZATION has a line end or another control character in it, which no header can "
+                      "carry; set it again without.")
+    return value or None
+
+
+def listen(host, port):
+    """Return a listening socket, or raise Failure."""
     try:
-        # Opened after the fork: a lock taken through an inherited descriptor would not exclude the other workers.
-        log = Log(path)
-    except OSError as error:
-        say(f"Cannot write the log {path}: {error.strerror}.")
-        return EXIT_SYNC_FAILED if isinstance(error, SyncFailed) else 1
-    status = Worker(listener, log, authorization).run(lifeline)
-    if log.failed:
-        say(f"{path}: a sync failed ({log.failed.strerror}); its last lines may not be on the disk. Move the log "
-            "aside, so that a new one is begun, before starting the server again.")
-    return status
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = addresses[0]
+        listener = socket.create_server(address, family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        why = reason(error).partition(" (")[0]  # without the address, for a second time
+        raise Failure(f"Cannot listen on {host} port {port}: {why}. Choose another with --host and --port.") from None
+    listener.setblocking(False)  # every worker wakes for each connection, and accept() must not block the later ones
+    return listener
 
 
 def main(arguments=None):
     """Run the command line and return its exit status."""
     options = parse_command_line(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until supervise() takes it over, Ctrl-C ends the process quietly
     allow_descriptors()
-    authorization = os.fsencode(os.environ.get("EVENTS_AUTHORIZATION", "")) or None
     try:
+        authorization = read_authorization()
         listener = listen(options.host, options.port)
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if getattr(error, "errno", 0) in errno.errorcode else error
-        say(f"Cannot listen on {options.host} port {options.port}: {reason}. Choose another with --host and --port.")
+        host, port = listener.getsockname()[:2]
+        if authorization is None and not ipaddress.ip_address(host).is_loopback:
+            raise Failure(f"Refusing to listen on {host} for everyone: set EVENTS_AUTHORIZATION to the value that the "
+                          "Authorization header of every request must have, or listen on 127.0.0.1.")
+        os.close(LogWriter(options.log).open())
+    except Failure as failure:
+        warn(str(failure))
         return 1
-    host, port = listener.getsockname()[:2]
-    if authorization is None and not ipaddress.ip_address(host).is_loopback:
-        say(f"Refusing to listen on {host} for everyone: set EVENTS_AUTHORIZATION to the value that the Authorization "
-            "header of every request must have, or listen on 127.0.0.1.")
-        return 1
-    try:
-        os.close(os.open(options.log, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644))
     except OSError as error:
-        say(f"Cannot write the log {options.log}: {error.strerror}. Name another with --log.")
+        where = f" ({error.filename})" if error.filename not in (None, options.log) else ""
+        warn(f"Cannot write the log {options.log}: {reason(error)}{where}. Name another with --log.")
         return 1
-    supervisor = Supervisor(functools.partial(serve, listener, options.log, authorization), options.workers)
     shown = f"[{host}]" if ":" in host else host
-    print(f"Listening on http://{shown}:{port}, logging to {options.log}, {options.workers} workers.", flush=True)
-    return supervisor.run()
+    return supervise(functools.partial(serve, listener, options.log, authorization), options.workers,
+                     f"Listening on http://{shown}:{port}, logging to {options.log}, {options.workers} workers.")
 
 
 if __name__ == "__main__":
