@@ -1,16 +1,16 @@
-"""Measure the three scripts against the floor under any program of their kind, and print one table.
+"""Measure the three scripts against the floor under any program of their kind and against what people would use
+instead; print one table and one chart. It needs Linux (for /proc) and PostgreSQL, and leaves out what is not installed:
+wrk (for requests), Redis, and DuckDB's module.
 
-A figure is the median over the runs, a ratio the median of the runs' own ratios: a figure and its limit are measured
-one right after the other, so that whatever slows the machine down slows both. After every run of data_processor.py
-each user's revenue in the database is compared with a sum made when the events were generated; a difference ends the
-benchmark.
-
-Needs Linux (peak memory is read from /proc), PostgreSQL, and wrk for the single requests.
+A figure is the median over the runs, a ratio the median of the runs' own ratios: whatever slows the machine down slows
+a figure and its limit in the same run. After every run of data_processor.py each user's revenue in the database is
+compared with a sum made when the events were generated; a difference ends the benchmark.
 """
 import argparse
 import collections
 import contextlib
 import http.server
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from decimal import Decimal
 from pathlib import Path
 
@@ -36,29 +37,74 @@ from psycopg2.extensions import make_dsn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data_processor import DEFAULT_LOG, Failure, connect, first_line  # noqa: E402
+from data_processor import DEFAULT_LOG, Failure, connect, explain, usable_cores  # noqa: E402
 
+FORK = multiprocessing.get_context("fork")
+DATABASE = f"events_benchmark_{os.getpid()}"
 USERS = 100_000
-PRODUCER_EVENTS = 1000  # of each producer in the log of many producers
-BATCH_EVENTS = 100  # ten batches a producer there, scattered over the whole log
-REPEATED_BATCHES = 0.1
+PRODUCER_EVENTS, BATCH_EVENTS, REPEATED = 1000, 100, 0.1  # of many producers, whose batches are scattered over a log
+LONG_ID_BYTES = 64 * 1024 * 1024  # the log of long user ids
 NEW_EVENTS = 100_000  # appended to the large log
+BULK_EVENTS, BULK_CONNECTIONS = 1000, 8  # in a request to the server alone, and in a pipeline of Redis
 BLOCKS = 5  # what takes milliseconds is repeated in each run, in turn with its limit
-LATENCY_REQUESTS = 200  # in a block
-BACKLOG = 4096  # server.py's
 STOP_SECONDS = 60
+CORES = [2**power for power in range(10) if 2**power < usable_cores()]  # and then all of them
 
-EVENT = b'{"userId": "user123", "name": "add_revenue", "value": 100}'
-WRK_SCRIPT = f"wrk.method = 'POST'\nwrk.headers['Content-Type'] = 'application/json'\nwrk.body = '{EVENT.decode()}'\n"
-REQUEST = (b"POST /liveEvent HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-           b"Content-Length: %d\r\n\r\n%b" % (len(EVENT), EVENT))
+EVENT = b'{"userId": "user123", "name": "add_revenue", "value": 100}\n'
+REDIS = ("redis-server --bind 127.0.0.1 --port {port} --save '' --appendonly yes --appendfsync always "
+         "--auto-aof-rewrite-percentage 0")  # rewriting its log meanwhile would make it slower
+REDIS_BENCHMARK = (f"redis-benchmark -p {{port}} -n 1000000 -P {BULK_EVENTS} -c {BULK_CONNECTIONS} --csv "
+                   "XADD events '*' userId user123 name add_revenue value 100")
+LUA = "wrk.method = 'POST'\nwrk.headers['Content-Type'] = 'application/{}'\nwrk.body = string.rep([[\n{}]], {})\n"
+POST_ONE, POST_BULK = LUA.format("json", EVENT.decode(), 1), LUA.format("x-ndjson", EVENT.decode(), BULK_EVENTS)
+DUCKDB = f"""
+import os, duckdb, psycopg2
+duckdb.execute('''
+    COPY (SELECT "userId", sum(CASE name WHEN 'add_revenue' THEN value ELSE -value END)
+          FROM read_json('{DEFAULT_LOG}', format = 'newline_delimited',
+                         columns = {{'userId': 'VARCHAR', 'name': 'VARCHAR', 'value': 'DECIMAL(38, 18)'}})
+          GROUP BY 1) TO 'sums.csv' (FORMAT csv, HEADER false)''')
+with psycopg2.connect(os.environ["DATABASE_URL"]) as connection, connection.cursor() as sql, open("sums.csv") as sums:
+    sql.execute("CREATE TABLE duckdb (LIKE users_revenue INCLUDING ALL)")
+    sql.copy_expert("COPY duckdb FROM STDIN (FORMAT csv)", sums)
+"""
+BIND_BACKEND = (f"until pid=$(pgrep -f '^postgres: .* {DATABASE} '); do sleep 0.01; done; "
+                f"taskset -p -c {min(os.sched_getaffinity(0))} $pid")
+
+# A measurement's line in the table; unit is how its figures are written, memory_mb what each of its processes may take.
+RATE, SECONDS, MS = "{:,.0f}/s", "{:.2f} s", "{:.2f} ms"
+Row = collections.namedtuple("Row", "work unit limit wanted memory_mb", defaults=["", 80])
+PROCESSOR, LARGE = "data_processor.py, {events:,} events", "data_processor.py after {large:,} events"
+ROWS = {
+    "single 32": Row("single requests, wrk -t1 -c32", RATE, "empty handler", "≥ 1.00"),
+    "single 128": Row("single requests, wrk -t1 -c128", RATE, "empty handler", "≥ 1.30"),
+    "latency": Row("latency at one connection", MS, "empty handler, then a sync", "≤ 2.00"),
+    "revenue": Row("revenue queries, wrk -t1 -c32", RATE, "empty handler", "≥ 0.30"),
+    "batches": Row(f"batches of {BULK_EVENTS:,} events, wrk -t1 -c{BULK_CONNECTIONS}", RATE, "Redis Streams", "≥ 3.50"),
+    "client": Row("client.py, {events:,} events", RATE, "bare decoding", "≥ 1.20"),
+    "processor": Row(PROCESSOR, SECONDS, "decode and sum", "≤ 0.80"),
+    "duckdb": Row(PROCESSOR, SECONDS, "DuckDB + COPY", "≤ 2.60"),
+    **{f"cores {count}": Row(f"{PROCESSOR}, on cores: {count}", SECONDS, "decode and sum") for count in CORES},
+    "one core": Row(f"{PROCESSOR}, one core with PostgreSQL", SECONDS, "decode and sum", "≤ 1.30"),
+    "many": Row("data_processor.py, many producers, out of order, 10 % twice", SECONDS, "plain, per line", "≤ 1.30"),
+    "copy": Row(f"{PROCESSOR}, a copy of the log", SECONDS, "the first time", "≤ 1.00"),
+    "again": Row(f"{PROCESSOR}, nothing new", MS, "start-up", "≤ 1.50"),
+    "long": Row("data_processor.py, 64 MiB of user ids of 255 emoji", SECONDS, "decode and sum", memory_mb=250),
+    "large client": Row("client.py, {large:,} events", RATE, "with {events:,}", "≈ 1"),
+    "large processor": Row("data_processor.py, {large:,} events", SECONDS, "with {events:,}, multiplied", "≈ 1"),
+    "large again": Row(f"{LARGE}, nothing new", MS, "start-up", "≤ 1.50"),
+    "large new": Row(f"{LARGE}, {NEW_EVENTS:,} new", SECONDS, "with an empty log before them", "≈ 1"),
+}
+CHART = (("server.py", "batches", 0), ("Redis Streams", "batches", 1), ("data_processor.py", "processor", 0),
+         ("decode and sum", "processor", 1), ("DuckDB + COPY", "duckdb", 1))
 
 # Linux counts the memory of whoever calls exec into the peak of the program that it becomes. Started by a process this
 # small, a script is not reported with the size of the benchmark.
 STOPWATCH = """
 import os, sys, time
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])
 begun = time.perf_counter()
-pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
 _, status, usage = os.wait4(pid, 0)
 print(time.perf_counter() - begun, usage.ru_maxrss)
 sys.exit(os.waitstatus_to_exitcode(status) & 255)
@@ -67,37 +113,41 @@ sys.exit(os.waitstatus_to_exitcode(status) & 255)
 
 # ---- Events ---------------------------------------------------------------------------------------------------------
 
-def write_events(path, count, seed, revenue):
-    """Write count random events, the same for the same seed, and add them to revenue, {user: sum}."""
-    chance = random.Random(seed).random
+def write_events(path, count, seed):
+    """Write count random events, the same for the same seed; return {user: sum}."""
+    chance, revenue = random.Random(seed).random, collections.Counter()
     with open(path, "w") as file:
         for _ in range(count):
             user, value = f"user{int(chance() * USERS)}", int(chance() * 1000)
             name, sign = ("add_revenue", 1) if chance() < 0.8 else ("subtract_revenue", -1)
             file.write(f'{{"userId": "{user}", "name": "{name}", "value": {value}}}\n')
             revenue[user] += sign * value
+    return revenue
 
 
-def write_many_producers(events_path, log_path):
-    """Write the log that a crowd of clients leaves behind when each sends a part of the events: its batches in any
-    order, some of them twice. Return its number of lines."""
-    chance, lines = random.Random(1), 0
-    with open(events_path, "rb") as events, open(log_path, "w") as log:
-        ends = itertools.accumulate(map(len, events), initial=0)
-        batches = list(enumerate(itertools.islice(ends, 0, None, BATCH_EVENTS)))
-        batches += chance.sample(batches, round(REPEATED_BATCHES * len(batches)))
-        chance.shuffle(batches)
-        producers = collections.defaultdict(lambda: secrets.token_urlsafe(16))
-        field = f', "log": "{secrets.token_hex(16)}"'
-        for number, offset in batches:
-            producer, first = divmod(number * BATCH_EVENTS, PRODUCER_EVENTS)
-            events.seek(offset)
-            for sequence, line in enumerate(itertools.islice(events, BATCH_EVENTS), first + 1):
-                name = f'"producerId": "{producers[producer]}", "sequence": {sequence}'
-                log.write(f"{line.decode()[:-2]}{field}, {name}}}\n")
-                field = ""  # only in the first line
-                lines += 1
-    return lines
+def write_many_producers(events, log):
+    """Write the log of clients that each sent a part of the events, in batches that came in any order, some of them
+    twice; return its number of lines."""
+    chance, lines = random.Random(1), events.read_text().splitlines()
+    batches = [range(len(lines))[first:first + BATCH_EVENTS] for first in range(0, len(lines), BATCH_EVENTS)]
+    batches += chance.sample(batches, round(REPEATED * len(batches)))
+    chance.shuffle(batches)
+    producers = collections.defaultdict(lambda: secrets.token_urlsafe(16))
+    with open(log, "w") as file:
+        for number in itertools.chain(*batches):
+            producer, before = divmod(number, PRODUCER_EVENTS)
+            file.write(f'{lines[number][:-1]}, "producerId": "{producers[producer]}", "sequence": {before + 1}}}\n')
+    return sum(map(len, batches))
+
+
+def write_long_ids(path):
+    """Write a log of events of users whose ids take as much memory as ids can; return {user: sum}."""
+    users = [f"{number:06}".ljust(255, "\U0001f600") for number in range(LONG_ID_BYTES // (6 + 249 * 4))]
+    with open(path, "w", encoding="utf-8") as log:
+        for number, user in enumerate(users, 1):
+            event = {"userId": user, "name": "add_revenue", "value": 1, "producerId": "long", "sequence": number}
+            log.write(json.dumps(event, ensure_ascii=False) + "\n")
+    return dict.fromkeys(users, 1)
 
 
 # ---- The limits -----------------------------------------------------------------------------------------------------
@@ -111,47 +161,41 @@ class EmptyHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Answer ok."""
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(200)
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"ok")
 
+    do_GET = do_POST
+
     def log_message(self, *arguments):
         """Say nothing."""
 
 
-def serve_empty(listener):
-    """Serve EmptyHandler on a listening socket that is shared with other processes, until SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    server = http.server.ThreadingHTTPServer(listener.getsockname(), EmptyHandler, bind_and_activate=False)
-    server.socket.close()
-    server.socket = listener
-    server.handle_error = lambda *_: None  # wrk resets its connections when its time is up, and checks every answer
-    server.serve_forever()
-
-
 @contextlib.contextmanager
 def empty_server():
-    """Run the empty handler in as many processes as server.py has; yield the port."""
-    context = multiprocessing.get_context("fork")
-    with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
-        listener.setblocking(False)  # all workers wake for a connection that one of them gets
-        workers = [context.Process(target=serve_empty, args=[listener], daemon=True) for _ in range(os.cpu_count())]
+    """Run EmptyHandler in as many processes as server.py has; yield the port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), EmptyHandler) as empty:
+        empty.socket.listen(4096)  # as server.py does
+        empty.socket.setblocking(False)  # all workers wake for a connection that one of them gets
+        empty.handle_error = lambda *_: None  # wrk resets its connections when its time is up, and checks every answer
+        workers = [FORK.Process(target=empty.serve_forever, daemon=True) for _ in range(usable_cores())]
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a worker ends
         for worker in workers:
             worker.start()
+        signal.signal(signal.SIGINT, before)
         try:
-            yield listener.getsockname()[1]
+            yield empty.server_port
         finally:
             for worker in workers:
-                worker.terminate()
+                worker.kill()
                 worker.join()
 
 
 def in_child(function, *arguments):
     """Return what function returns in a process of its own, with a heap of its own."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    with FORK.Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
@@ -179,25 +223,32 @@ def sum_log(path):
     return time.perf_counter() - begun
 
 
-def sync_times(path, count):
-    """Return the seconds of count fdatasyncs, each of one more line at the end of the file."""
-    times = []
-    with open(path, "ab", buffering=0) as file:
-        for _ in range(count):
-            file.write(EVENT + b"\n")
-            begun = time.perf_counter()
-            os.fdatasync(file.fileno())
-            times.append(time.perf_counter() - begun)
-    return times
+def redis_rate(directory):
+    """Return how many events a second Redis Streams take, answered after a sync, or None where Redis is missing."""
+    if not shutil.which("redis-server") or not shutil.which("redis-benchmark"):
+        return None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(shlex.split(REDIS.format(port=port)), cwd=directory, stdout=subprocess.PIPE, text=True)
+    try:
+        any("Ready to accept" in line for line in process.stdout)  # reads up to there
+        output = subprocess.check_output(shlex.split(REDIS_BENCHMARK.format(port=port)), text=True)
+    finally:
+        process.terminate()
+        process.communicate(timeout=STOP_SECONDS)
+    return float(output.splitlines()[-1].split('","')[1])
 
 
 # ---- The scripts ----------------------------------------------------------------------------------------------------
 
-def run_python(*arguments, cwd):
-    """Run Python to its end; return (seconds with start-up, peak memory in MB), or raise Failure with its stderr."""
-    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", STOPWATCH, sys.executable, *map(str, arguments)],
-                               cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+def run_python(*arguments, cwd, cores=usable_cores(), meanwhile=lambda: None):
+    """Run Python on so many cores to its end, and meanwhile() after its start. Return (seconds with start-up, peak
+    memory in MB of the largest of its processes), or raise Failure with its stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", STOPWATCH, str(cores), sys.executable, *map(str, arguments)], cwd=cwd,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
     try:
+        meanwhile()
         output, errors = process.communicate()
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
@@ -226,7 +277,7 @@ def server(directory):
         raise Failure(f"server.py exited with status {process.returncode}.")
 
 
-def worker_peak(pid):
+def worker_mb(pid):
     """Return the peak memory in MB of the largest worker of the server that is running as pid."""
     workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     peaks = [re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{worker}/status").read_text())[1] for worker in workers]
@@ -238,255 +289,211 @@ def send_events(directory, port):
     return run_python(ROOT / "client.py", "--url", f"http://127.0.0.1:{port}/liveEvent", cwd=directory)
 
 
-def process_log(directory, revenue):
-    """Run data_processor.py in directory and compare the database with revenue; return (seconds, peak memory)."""
-    result = run_python(ROOT / "data_processor.py", cwd=directory)
+def process_log(log, revenue, **how):
+    """Run data_processor.py on log and compare the database with revenue; return (seconds, peak memory)."""
+    result = run_python(ROOT / "data_processor.py", log, cwd=log.parent, **how)
     with contextlib.closing(connect()) as connection, connection.cursor() as sql:
         sql.execute("SELECT user_id, revenue FROM users_revenue")
         found = dict(sql)
-    if found != revenue:
-        raise Failure(f"WRONG RESULT: {len(found):,} users with {sum(found.values()):,} in all are in the database, "
-                      f"instead of {len(revenue):,} users with {sum(revenue.values()):,}.")
+    if differing := found.items() ^ revenue.items():
+        raise Failure(f"WRONG RESULT: {len(differing):,} sums are not those of the events, or are missing or too many.")
     return result
+
+
+def duckdb_seconds(directory):
+    """Return the seconds that a program needs which sums the log in directory with DuckDB and copies the sums to
+    PostgreSQL, or None where DuckDB is missing; raise Failure unless its sums are those of users_revenue."""
+    if not importlib.util.find_spec("duckdb"):
+        return None
+    seconds, _ = run_python("-c", DUCKDB, cwd=directory)
+    with contextlib.closing(connect()) as connection, connection.cursor() as sql:
+        sql.execute("(TABLE duckdb EXCEPT TABLE users_revenue) UNION ALL (TABLE users_revenue EXCEPT TABLE duckdb)")
+        if sql.rowcount:
+            raise Failure(f"WRONG RESULT: DuckDB and data_processor.py differ in {sql.rowcount:,} rows.")
+    return seconds
 
 
 def empty_tables():
     """Give the scratch database new tables."""
     with contextlib.closing(connect()) as connection, connection, connection.cursor() as sql:
-        sql.execute("DROP TABLE IF EXISTS users_revenue, event_producers, event_logs")
+        sql.execute("DROP TABLE IF EXISTS users_revenue, event_producers, event_logs, duckdb")
         sql.execute((ROOT / "create_table.sql").read_text())
 
 
 @contextlib.contextmanager
 def scratch_database():
-    """Create a database on the server that the environment names, and let the environment name it; yield the versions
-    that the server states; drop it."""
-    name = f"events_benchmark_{os.getpid()}"
+    """Create a database and let the environment name it, until it is dropped; yield what PostgreSQL says of itself."""
     with contextlib.closing(connect(connect_timeout=10)) as connection, connection.cursor() as sql:
         connection.autocommit = True
         sql.execute("SELECT current_setting('server_version'), current_setting('fsync')")
         version, fsync = sql.fetchone()
-        sql.execute(f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
-        password = connection.info.password  # connection.dsn shows it as xxx
-        os.environ["DATABASE_URL"] = make_dsn(connection.dsn, dbname=name, **{"password": password} if password else {})
+        sql.execute(f"CREATE DATABASE {DATABASE} ENCODING 'UTF8' TEMPLATE template0")
+        password = {"password": connection.info.password} if connection.info.password else {}  # the dsn shows xxx
+        os.environ["DATABASE_URL"] = make_dsn(connection.dsn, dbname=DATABASE, **password)
         try:
             yield f"PostgreSQL {version} with fsync {fsync}"
         finally:
-            sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            sql.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
 
 
 # ---- The measurements -----------------------------------------------------------------------------------------------
 
 class Figures(dict):
-    """{name: the values of all runs}."""
+    """{name in ROWS: [(measured, limit, ratio, {process: peak memory in MB}) of each run]}. Without a limit, because
+    something is not installed, limit and ratio are None."""
 
-    def add(self, **values):
-        """Add one value to each of the names, and show it."""
-        for name, value in values.items():
-            self.setdefault(name, []).append(value)
-            print(f"  {name} {value:,.6g}", file=sys.stderr, flush=True)
+    def add(self, name, measured, limit, **peaks):
+        """Add what one run measured, and show it."""
+        self.setdefault(name, []).append((measured, limit, limit and measured / limit, peaks))
+        print(f"  {name}: {measured:,.6g} / {limit or 0:,.6g}", peaks or "", file=sys.stderr, flush=True)
 
-    def median(self, name):
-        """Return the median of the runs."""
-        return statistics.median(self[name])
+    def median(self, name, place=0):
+        """Return the median over the runs of the measured figures, limits (1) or ratios (2), or None."""
+        values = [run[place] for run in self.get(name, ())]
+        return statistics.median(values) if values and None not in values else None
 
-    def ratio(self, name, limit):
-        """Return the median of the runs' own ratios."""
-        return statistics.median(value / base for value, base in zip(self[name], self[limit], strict=True))
+    def add_processor(self, name, log, revenue, limit, *, new_tables=True, **how):
+        """Add a run of data_processor.py; return its seconds."""
+        if new_tables:
+            empty_tables()
+        seconds, peak = process_log(log, revenue, **how)
+        self.add(name, seconds, limit, processor=peak)
+        return seconds
+
+    def add_nothing_new(self, name, log, revenue):
+        """Add runs of data_processor.py on a log without anything new, in turn with its start-up alone, in ms."""
+        pairs = [(process_log(log, revenue)[0], run_python("-c", "import data_processor", cwd=ROOT)[0])
+                 for _ in range(BLOCKS)]
+        self.add(name, *[1e3 * statistics.median(times) for times in zip(*pairs)])
 
 
-def wrk(port, connections, seconds, script):
-    """Return the requests per second that one thread of wrk gets answered, and how many that were; raise Failure
-    unless all of them succeeded."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", script, f"http://127.0.0.1:{port}/liveEvent"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def wrk(directory, port, connections, seconds, script, path="/liveEvent"):
+    """Return the answers per second that one thread of wrk gets, and their number; raise Failure if a request fails."""
+    (directory / "wrk.lua").write_text(script)
+    command = f"wrk -t1 -c{connections} -d{seconds}s -s wrk.lua http://127.0.0.1:{port}{path}"
+    output = subprocess.check_output(command.split(), cwd=directory, text=True)
     if "Non-2xx" in output or "Socket errors" in output:
         raise Failure(f"Requests failed:\n{output}")
     return float(re.search(r"Requests/sec:\s+([0-9.]+)", output)[1]), int(re.search(r"(\d+) requests in", output)[1])
 
 
-def request_times(port, count):
-    """Return the seconds of count requests, one after the other on one connection."""
-    times = []
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        for _ in range(count):
-            begun = time.perf_counter()
-            connection.sendall(REQUEST)
-            answer = connection.recv(65536)  # both servers send it in one piece
-            times.append(time.perf_counter() - begun)
-            if not answer.startswith(b"HTTP/1.1 200 ") or not answer.endswith((b"ok", b"}")):
-                raise Failure(f"A request was answered with {answer}.")
-    return times
-
-
-def measure_requests(figures, directory, seconds):
-    """Measure single requests to a new server and to the empty handler, in turn."""
-    script = directory.with_suffix(".lua")
-    script.write_text(WRK_SCRIPT)
-    times = collections.defaultdict(list)
-    with server(directory) as (port, pid), empty_server() as empty:
-        answered = BLOCKS * LATENCY_REQUESTS
-        for connections in (32, 128) if shutil.which("wrk") else ():
-            rate, count = wrk(port, connections, seconds, script)
-            limit, _ = wrk(empty, connections, seconds, script)
-            figures.add(**{f"wrk_{connections}": rate, f"empty_wrk_{connections}": limit})
-            answered += count
-        for _ in range(BLOCKS):
-            times["latency"] += request_times(port, LATENCY_REQUESTS)
-            times["empty_latency"] += request_times(empty, LATENCY_REQUESTS)
-            times["sync"] += sync_times(directory / "synced", LATENCY_REQUESTS)
-        figures.add(**{name: statistics.median(values) for name, values in times.items()},
-                    single_worker_peak=worker_peak(pid))
-    figures.add(latency_limit=figures["empty_latency"][-1] + figures["sync"][-1])
+def measure_requests(figures, directory, options, user, port, pid):
+    """Measure requests to the server, which knows user and has logged a run's events, each kind next to its limit."""
+    logged = options.events
+    with empty_server() as empty:
+        for name, connections, *request in (
+                ("single 32", 32, POST_ONE), ("single 128", 128, POST_ONE), ("latency", 1, POST_ONE),
+                ("revenue", 32, "", f"/userEvents/{user}")):
+            rate, count = wrk(directory, port, connections, options.seconds, *request)
+            limit, _ = wrk(directory, empty, connections, options.seconds, *request)
+            if name == "latency":
+                with open(directory / "synced", "ab", buffering=0) as file:
+                    sync = timeit.timeit(lambda: (file.write(EVENT), os.fdatasync(file.fileno())), number=1000)
+                rate, limit = 1e3 / rate, 1e3 / limit + sync  # in ms; sync is the seconds of 1000
+            figures.add(name, rate, limit, worker=worker_mb(pid))
+            logged += count if name != "revenue" else 0
+    rate, count = wrk(directory, port, BULK_CONNECTIONS, options.seconds, POST_BULK)
+    figures.add("batches", BULK_EVENTS * rate, redis_rate(directory), worker=worker_mb(pid))
     with open(directory / DEFAULT_LOG, "rb") as log:
-        if (logged := sum(1 for _ in log)) < answered:
-            raise Failure(f"WRONG RESULT: {answered:,} requests were acknowledged, but {logged:,} events logged.")
+        if sum(block.count(b"\n") for block in iter(lambda: log.read(2**20), b"")) < logged + BULK_EVENTS * count:
+            raise Failure("WRONG RESULT: more events were acknowledged than logged.")
 
 
-def measure_batches(figures, directory, events, revenue):
-    """Measure client.py, and data_processor.py on the log that it fills, each next to its limit."""
-    with server(directory) as (port, pid):
-        seconds, peak = send_events(events.parent, port)
-        figures.add(client=seconds, client_peak=peak, worker_peak=worker_peak(pid))
-    log = directory / DEFAULT_LOG
-    figures.add(decode=in_child(decode_log, log))
-    empty_tables()
-    seconds, peak = process_log(directory, revenue)
-    figures.add(processor=seconds, processor_peak=peak, sum=in_child(sum_log, log))
-    measure_again(figures, directory, revenue, "again")
+def measure_processor(figures, log, revenue):
+    """Measure data_processor.py on log, next to what else could sum it up, and on a copy; return its seconds."""
+    bare = in_child(sum_log, log)
+    seconds = figures.add_processor("processor", log, revenue, bare)
+    figures.add("duckdb", seconds, duckdb_seconds(log.parent))
+    for cores in CORES:
+        figures.add_processor(f"cores {cores}", log, revenue, bare, cores=cores)
+    try:
+        figures.add_processor("one core", log, revenue, bare, cores=1, meanwhile=lambda: subprocess.run(
+            BIND_BACKEND, shell=True, check=True, timeout=2, stdout=subprocess.DEVNULL))
+    except subprocess.SubprocessError:
+        print("  PostgreSQL could not be bound to the same core, so only data_processor.py was", file=sys.stderr)
+    figures.add_nothing_new("again", log, revenue)
+    with open(log, "r+b") as file:  # with another first line it is another log, and nothing is known but the ids
+        os.pwrite(file.fileno(), file.readline().replace(b'"log"', b'"old"'), 0)
+    figures.add_processor("copy", log, revenue, seconds, new_tables=False)
+    return seconds
 
 
-def measure_again(figures, directory, revenue, name):
-    """Measure data_processor.py on a log without anything new, next to its start-up alone."""
-    times, startups = [], []
-    for _ in range(BLOCKS):
-        times.append(process_log(directory, revenue)[0])
-        startups.append(run_python("-c", "import data_processor", cwd=ROOT)[0])
-    figures.add(**{name: statistics.median(times), f"{name}_startup": statistics.median(startups)})
-
-
-def measure_many_producers(figures, directory, lines, events, revenue):
-    """Measure data_processor.py on the log of many producers, per line, next to the plain log of the same run."""
-    empty_tables()
-    seconds, peak = process_log(directory, revenue)
-    figures.add(many=seconds / lines, many_processor_peak=peak, plain=figures["processor"][-1] / events)
-
-
-def measure_growth(figures, directory, count, runs):
-    """Measure the scripts once with many events, then runs times with some new ones behind them and without those."""
+def measure_growth(figures, directory, options):
+    """Measure the scripts with many events, then with some new ones behind them and with those alone."""
     directory.mkdir()
-    revenue = collections.defaultdict(int)
-    write_events(directory / "events.jsonl", count, 2, revenue)
+    log, alone = directory / DEFAULT_LOG, directory / "alone" / DEFAULT_LOG
+    revenue = write_events(directory / "events.jsonl", options.large, 2)
     with server(directory) as (port, pid):
-        seconds, peak = send_events(directory, port)
-        figures.add(large_client=seconds, large_client_peak=peak, large_worker_peak=worker_peak(pid))
-        empty_tables()
-        seconds, peak = process_log(directory, revenue)
-        figures.add(large_processor=seconds, large_processor_peak=peak)
-        for run in range(runs):
-            measure_again(figures, directory, revenue, "large_again")
-            write_events(directory / "events.jsonl", NEW_EVENTS, 3 + run, revenue)
-            send_events(directory, port)
-            figures.add(appended=process_log(directory, revenue)[0])
-    for run in range(runs):
-        alone = collections.defaultdict(int)
-        write_events(directory / "events.jsonl", NEW_EVENTS, 3 + run, alone)
-        with server(directory / f"alone-{run}") as (port, _):
-            send_events(directory, port)
-        empty_tables()
-        figures.add(alone=process_log(directory / f"alone-{run}", alone)[0])
+        took, peak = send_events(directory, port)
+        figures.add("large client", options.large / took, figures.median("client"), client=peak, worker=worker_mb(pid))
+        figures.add_processor("large processor", log, revenue,
+                              figures.median("processor") * options.large / options.events)
+        figures.add_nothing_new("large again", log, revenue)
+        revenue.update(new := write_events(directory / "events.jsonl", NEW_EVENTS, 3))
+        send_events(directory, port)
+        seconds, _ = process_log(log, revenue)
+    with server(alone.parent) as (port, _):
+        send_events(directory, port)
+    empty_tables()
+    figures.add("large new", seconds, process_log(alone, new)[0])
 
 
 def measure(options, directory):
     """Return the figures of all runs."""
-    figures, revenue = Figures(), collections.defaultdict(int)
-    events, crowd = directory / "events.jsonl", directory / "crowd"
-    crowd.mkdir()
+    figures, log = Figures(), directory / "run" / DEFAULT_LOG
+    events, crowd, long = (directory / name for name in ("events.jsonl", "crowd.jsonl", "long.jsonl"))
     print("Generating events", file=sys.stderr)
-    write_events(events, options.events, 1, revenue)
-    lines = write_many_producers(events, crowd / DEFAULT_LOG)
+    revenue = write_events(events, options.events, 1)
+    lines = write_many_producers(events, crowd)
+    long_revenue = write_long_ids(long)
     for run in range(1, options.runs + 1):
         print(f"Run {run} of {options.runs}", file=sys.stderr)
-        measure_requests(figures, directory / f"requests-{run}", options.seconds)
-        measure_batches(figures, directory / f"batches-{run}", events, revenue)
-        measure_many_producers(figures, crowd, lines, options.events, revenue)
-        shutil.rmtree(directory / f"requests-{run}")
-        shutil.rmtree(directory / f"batches-{run}")
+        with server(log.parent) as (port, pid):
+            seconds, peak = send_events(directory, port)
+            figures.add("client", options.events / seconds, options.events / in_child(decode_log, log), client=peak,
+                        worker=worker_mb(pid))
+            seconds = measure_processor(figures, log, revenue)
+            if shutil.which("wrk"):
+                measure_requests(figures, log.parent, options, min(revenue), port, pid)
+        shutil.rmtree(log.parent)
+        figures.add_processor("many", crowd, revenue, seconds * lines / options.events)
+        figures.add_processor("long", long, long_revenue, in_child(sum_log, long))
     if options.large:
-        print("Growth", file=sys.stderr)
-        measure_growth(figures, directory / "large", options.large, options.runs)
+        measure_growth(figures, directory / "large", options)
     return figures
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
 
-def rows(figures, options):
-    """Return the table: work, measured, limit, ratio, wanted, peak memory."""
-    median, ratio = figures.median, figures.ratio
-    table = [("work", "measured", "limit", "ratio", "wanted", "peak memory")]
-    for connections, wanted in (32, "≥ 0.70"), (128, "≥ 0.85"):
-        work, name, limit = (text + str(connections) for text in ("single requests, wrk -t1 -c", "wrk_", "empty_wrk_"))
-        table.append((work, f"{median(name):,.0f}/s", f"{median(limit):,.0f}/s empty handler",
-                      f"{ratio(name, limit):.2f}", wanted, peak(figures, "single_worker", 60)) if name in figures else
-                     (work, "wrk is missing", "", "", wanted, ""))
-    events = f"{options.events:,} events"
-    return table + [
-        ("latency at one connection", f"{1e3 * median('latency'):.2f} ms",
-         f"{1e3 * median('empty_latency'):.2f} ms empty handler + {1e3 * median('sync'):.2f} ms sync",
-         f"{ratio('latency', 'latency_limit'):.2f}", "≤ 2.00", ""),
-        (f"client.py, {events}", f"{options.events / median('client'):,.0f}/s",
-         f"{options.events / median('decode'):,.0f}/s bare decoding", f"{ratio('decode', 'client'):.2f}", "≥ 0.60",
-         peak(figures, "client", 60) + ", " + peak(figures, "worker", 60)),
-        (f"data_processor.py, {events}", f"{median('processor'):.2f} s", f"{median('sum'):.2f} s decode and sum",
-         f"{ratio('processor', 'sum'):.2f}", "≤ 1.30", peak(figures, "processor", 150)),
-        again_row(figures, "again", f"data_processor.py after {events}, nothing new"),
-        ("data_processor.py, many producers", f"{1e6 * median('many'):.2f} µs a line",
-         f"{1e6 * median('plain'):.2f} µs a line of the plain log", f"{ratio('many', 'plain'):.2f}", "≤ 1.20",
-         peak(figures, "many_processor", 150)),
-        *(growth_rows(figures, options) if options.large else ())]
+def table(figures, options):
+    """Return the lines of the table, the heading first."""
+    lines = [("work", "measured", "limit", "ratio", "wanted", "peak memory")]
+    for name, row in ROWS.items():
+        if options.large or not name.startswith("large"):
+            measured, limit, ratio = (figures.median(name, place) for place in (0, 1, 2))
+            peaks = collections.defaultdict(int)
+            for process, peak in itertools.chain(*[run[3].items() for run in figures.get(name, ())]):
+                peaks[process] = max(peak, peaks[process])
+            lines.append((row.work.format(**vars(options)), row.unit.format(measured) if measured else "not measured",
+                          f"{row.unit.format(limit) if limit else 'no'} {row.limit.format(**vars(options))}",
+                          f"{ratio:.2f}" if ratio else "", row.wanted,
+                          ", ".join(f"{process} {peak:.0f} MB (< {row.memory_mb})" for process, peak in peaks.items())))
+    return lines
 
 
-def growth_rows(figures, options):
-    """Return the rows of the large log. The limit of each script is its own time with fewer events, multiplied."""
-    median, times, events = figures.median, options.large / options.events, f"{options.large:,} events"
-    client, processor = (median(f"large_{script}") / median(script) / times for script in ("client", "processor"))
-    return [
-        (f"client.py, {events}", f"{median('large_client'):.2f} s", f"{times:.3g} × {median('client'):.2f} s",
-         f"{client:.2f}", "≈ 1", peak(figures, "client", 60, "large_") + ", " + peak(figures, "worker", 60, "large_")),
-        (f"data_processor.py, {events}", f"{median('large_processor'):.2f} s",
-         f"{times:.3g} × {median('processor'):.2f} s", f"{processor:.2f}", "≈ 1",
-         peak(figures, "processor", 150, "large_")),
-        again_row(figures, "large_again", f"data_processor.py after {events}, nothing new"),
-        (f"data_processor.py after {events}, {NEW_EVENTS:,} new", f"{median('appended'):.2f} s",
-         f"{median('alone'):.2f} s with an empty log before them", f"{figures.ratio('appended', 'alone'):.2f}", "≈ 1",
-         "")]
-
-
-def again_row(figures, name, work):
-    """Return the row of a data_processor.py that finds nothing new."""
-    seconds, startup = figures.median(name), figures.median(f"{name}_startup")
-    return work, f"{seconds:.3f} s", f"{startup:.3f} s start-up", f"{1e3 * (seconds - startup):+.0f} ms", "< +50 ms", ""
-
-
-def peak(figures, script, wanted, large=""):
-    """Return words for a script's peak memory in MB, and with large for its growth."""
-    base, most = max(figures[f"{script}_peak"]), max(figures[f"{large}{script}_peak"])
-    growth = f" = {most / base:.2f} × {base:.0f}" if large else ""
-    return f"{script.split('_')[-1]} {most:.0f} MB (< {wanted}){growth}"
-
-
-def print_table(table):
-    """Print rows as a Markdown table; the first one is the heading."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
-        print("|", " | ".join(cell.ljust(width) for cell, width in zip(row, widths)), "|")
-
-
-def machine(database):
-    """Return one line about what the figures were measured on."""
+def print_results(figures, options, database):
+    """Print the table and, for Mermaid, a bar chart of events per second; then what they were measured on."""
+    lines = table(figures, options)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in [lines[0], ["-" * width for width in widths], *lines[1:]]:
+        print("|", " | ".join(cell.ljust(width) for cell, width in zip(line, widths)), "|")
+    values = [(label, figures.median(name, place), ROWS[name].unit) for label, name, place in CHART]
+    bars = {label: round(value if unit == RATE else options.events / value) for label, value, unit in values if value}
+    print(f'\n```mermaid\nxychart-beta\n    x-axis {json.dumps(list(bars))}\n    y-axis "events per second"\n'
+          f"    bar {list(bars.values())}\n```\n")
     model = re.search(r"(?m)^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return (f"{os.cpu_count()} cores, {model[1] if model else platform.machine()}; {platform.system()} "
-            f"{platform.release()}; Python {platform.python_version()}; {database}")
+    print(f"{usable_cores()} cores, {model[1] if model else platform.machine()}; {platform.system()} "
+          f"{platform.release()}; Python {platform.python_version()}; {database}\n{shlex.join(['python', *sys.argv])}")
 
 
 def main(arguments=None):
@@ -497,33 +504,24 @@ def main(arguments=None):
                "database, which it creates and drops, on the server that DATABASE_URL or libpq's variables name.")
     parser.add_argument("--runs", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--events", type=int, default=1_000_000, help="in a run (default: %(default)s)")
-    parser.add_argument("--large", type=int, metavar="EVENTS",
-                        help="also measure how the cost grows up to so many events (default: do not)")
+    parser.add_argument("--large", type=int, metavar="EVENTS", help="also measure the growth up to so many")
     parser.add_argument("--seconds", type=int, default=4, help="of each wrk (default: %(default)s)")
-    parser.add_argument("--directory", default=".", help="where to make a temporary directory, which decides what a "
-                        "sync costs (default: the current one)")
+    parser.add_argument("--directory", default=".", help="where a temporary one is made, on the disk to be synced")
     options = parser.parse_args(arguments)
     if min(options.runs, options.events, options.seconds, options.large or 1) < 1:
         parser.error("numbers must be at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was begun is also ended
     os.environ.pop("EVENTS_AUTHORIZATION", None)
-    if not shutil.which("wrk"):
-        print("wrk is missing, so single requests are not measured; install it with: apt-get install wrk",
-              file=sys.stderr)
     try:
         with (tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.directory) as directory,
               scratch_database() as database):
             figures = measure(options, Path(directory).resolve())
-    except psycopg2.Error as error:
-        print(f"No benchmark without the database: {first_line(error)}.", file=sys.stderr)
-        return 1
-    except (Failure, OSError, subprocess.SubprocessError) as error:
-        print(error, file=sys.stderr)
+    except (Failure, OSError, psycopg2.Error, subprocess.SubprocessError) as error:
+        print(explain(error) if isinstance(error, psycopg2.Error) else error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print_table(rows(figures, options))
-    print(f"\n{machine(database)}\n{shlex.join(['python', *sys.argv])}")
+    print_results(figures, options, database)
     return 0
 
 
