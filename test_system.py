@@ -4164,6 +4164,24 @@ class Readme(SystemTest):
         self.assertIn("`python -m unittest`", README)
         self.assertNotIn("pg_virtualenv -t python", README)
 
+    def test_docker_and_psql_use_the_default_database(self):
+        password = re.search(r"docker run .*-p (\d+):5432 .*POSTGRES_PASSWORD='(.*?)' postgres`", README)
+        place = re.search(r"`psql -h (\S+) -U (\S+) -d (\S+) -f create_table.sql`", README)
+        home = {"HOME": str(self.directory)}  # without a .pgpass
+        with unittest.mock.patch.dict(os.environ, home, clear=True), unittest.mock.patch("psycopg2.connect") as connect:
+            data_processor.connect()
+        used = connect.call_args.kwargs
+        self.assertEqual([used["host"], used["user"], used["dbname"]], list(place.groups()))
+        self.assertEqual([used.get("port", "5432"), used["password"]], list(password.groups()))
+
+    def test_the_places_to_start_reading_exist(self):
+        places = re.findall(r"^\* `([\w.]+)` in `(\w+)\.py`(?:, with `(\w+)`)?", README, re.M)
+        self.assertEqual(len(places), 3)
+        for name, module, helper in places:
+            source = (HERE / f"{module}.py").read_text()
+            for definition in [*name.split("."), *filter(None, [helper])]:
+                self.assertRegex(source, rf"(?m)^ *(?:def|class) {definition}\b")
+
     def test_the_console_session_prints_what_the_readme_shows(self):
         Server(self, port=self.port)
         session, = blocks("console")
@@ -4200,6 +4218,23 @@ class Readme(SystemTest):
                 usage = re.search(rf"^    python {script}(.*)$", README, re.M)[1]
                 options = re.findall(r"--[a-z-]+", usage)
                 self.assertEqual(set(re.findall(r"^  (--[a-z-]+)", output, re.M)), set(options))
+                for option, default in re.findall(r"\[(--[a-z-]+) ([^]|N]\S*)\]", usage):
+                    self.assertRegex(" ".join(output.split()), rf"{option} [^()]*\(default: {re.escape(default)}\)")
+
+    def test_a_rejected_line_is_reported_and_copied_as_the_readme_says(self):
+        report = re.search(r"reported as `(events\.jsonl:(\d+): .*?)`", README)
+        copies = re.search(r"copied to `(.*)<producer id>`", README)[1]
+        bad = EVENT.replace(b"1}", b"true}") + b"\n"
+        self.path("events.jsonl", (EVENT + b"\n") * (int(report[2]) - 1) + bad)
+        server = Server(self)
+        _, errors = self.client("--url", server.url, status=1)
+        self.assertIn(report[1], errors.splitlines())
+        copy, = self.directory.glob(copies + "*")
+        self.assertEqual(copy.read_bytes(), bad)
+        copy.write_bytes(bad.replace(b"true", b"1"))
+        self.client(copy, "--url", server.url)
+        self.processor()
+        self.assertRevenue({"user1": int(report[2])})
 
     def test_the_rotation_by_logrotate_loses_nothing(self):
         rules = next(block for block in blocks("") if "rotate 90" in block)
