@@ -27,6 +27,8 @@ import time
 import urllib.parse
 import urllib.request
 
+if sys.version_info < (3, 11):
+    sys.exit("client.py needs Python 3.11 or newer.")
 try:
     import fcntl
 except ImportError:
@@ -382,7 +384,7 @@ class Sender:
             raise Failure(f"{self._url}, or the proxy that the environment names, is malformed. Correct it.") from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
-            raise Retry(str(reason) or type(reason).__name__) from error
+            raise Retry(getattr(reason, "strerror", None) or str(reason) or type(reason).__name__) from error
 
     def _check(self, status, payload):
         """Return after a status of success; else raise Retry or Failure."""
@@ -475,8 +477,9 @@ def main(arguments=None):
     except Failure as failure:
         warn(str(failure))
     except OSError as error:
-        warn(f"{error.filename or options.file}: {error.strerror}. client.py must be able to read {options.file} and "
-             "to write and sync files beside it; see to that, then run this command again.")
+        advice = "Name another file" if error.errno == errno.ENOENT else (
+            "Give client.py a file that it can read, in a directory where it can write, then run this command again")
+        warn(f"{error.filename or options.file}: {error.strerror}. {advice}.")
     if delivery:
         warn(f"Delivery is unknown from line {delivery.answered + 1} on.")
     return 1

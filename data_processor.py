@@ -31,6 +31,8 @@ import warnings
 from decimal import Decimal
 from pathlib import Path
 
+if sys.version_info < (3, 11):
+    sys.exit("This program needs Python 3.11 or newer.")
 try:
     import fcntl
 except ImportError:
@@ -106,18 +108,17 @@ class Troubles:
     """What is wrong at present: each subject is named on stderr once when its trouble begins and once when it ends."""
 
     def __init__(self):
-        self._subjects = set()
+        self._subjects = {}
 
     def begin(self, subject, words):
         """Say what is wrong with subject, unless that is known."""
-        if subject not in self._subjects:
-            self._subjects.add(subject)
+        begun = object()
+        if self._subjects.setdefault(subject, begun) is begun:  # of several threads, one says it
             warn(f"{subject}: {words}")
 
     def end(self, subject, words):
         """Say that nothing is wrong with subject any more, if something was."""
-        if subject in self._subjects:
-            self._subjects.discard(subject)
+        if self._subjects.pop(subject, None):
             warn(f"{subject}: {words}")
 
 
@@ -142,8 +143,8 @@ STAMP_AT_END = re.compile(rb'(?:, "log": "[0-9a-f]+")?, "producerId": "[^"]+", "
 JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')  # also an unterminated one, so that it is found in linear time
 SURROGATE = re.compile("[\ud800-\udfff]")
 PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
-NO_ID = ("an event without producerId and sequence, in a log that was changed since it was read: whether it was counted "
-         "cannot be known (move the file aside, and send what is new in it with python client.py FILE)")
+NO_ID = ("an event without producerId and sequence, in a log that was changed since it was read: whether it was "
+         "counted cannot be known (move the file aside, and send what is new in it with python client.py FILE)")
 
 
 def is_utf8(data):
@@ -160,7 +161,8 @@ def is_plain(lines):
 def stamp(lines, producer, first):
     """Return lines, each an object and LF, with the event ids (producer, first), (producer, first + 1), … put into
     them."""
-    template = lines.replace(b"%", b"%%").replace(b"}\n", b', "producerId": "%b", "sequence": %%d}\n' % producer.encode())
+    stamped = b', "producerId": "%b", "sequence": %%d}\n' % producer.encode()
+    template = lines.replace(b"%", b"%%").replace(b"}\n", stamped)
     return template % tuple(range(first, first + lines.count(b"\n")))
 
 
@@ -383,9 +385,15 @@ class LogReader:
             self.log_id = hashlib.sha256(self.read(0, min(BLOCK_BYTES, self.end)).partition(b"\n")[0] + b"\n").digest()
 
     def sync(self):
-        """Make what was read durable before it is counted: a power cut could put other lines in its place."""
+        """Make what was read durable before it is counted: a power cut could put other lines in its place. If that
+        fails, end the process: a second sync could lie."""
         if self._synced < self.end:
-            sync_file(self.file.fileno())
+            try:
+                sync_file(self.file.fileno())
+            except OSError as error:
+                warn(f"{self.path}: a sync failed ({error.strerror}), so that its last lines may not be on the disk. "
+                     "They were not counted. Look after the disk before you run this again.")
+                raise SystemExit(1) from error
             self._synced = self.end
 
     def read(self, offset, length):
@@ -424,7 +432,7 @@ class LogReader:
                 block = block[:block.rindex(b"\n") + 1]
                 behind = start + len(block)
             else:
-                block += b"\n"
+                block += b"...\n"  # not blank, even if it begins with so many spaces
                 behind = self._behind_line(behind)
             yield start, block, behind
             start = behind
@@ -435,8 +443,8 @@ class LogReader:
 FORK = multiprocessing.get_context("fork")
 
 # What stands between two offsets of a log. A span (producer, first, end, line) says that the lines from that one on (0
-# is the first) have the event ids from (producer, first) to (producer, end - 1). rejected holds (offset, reason) of each
-# bad line.
+# is the first) have the event ids from (producer, first) to (producer, end - 1). rejected holds the (offset, reason) of
+# each bad line.
 Report = collections.namedtuple("Report", "start end lines events spans rejected")
 
 
@@ -506,7 +514,7 @@ class TallyInChild:
         self._path = arguments[0].path
         self._pipe, theirs = FORK.Pipe()
         self._child = FORK.Process(target=self._serve, args=(theirs, arguments), daemon=True)
-        with theirs, warnings.catch_warnings(), self._watched():
+        with theirs, warnings.catch_warnings():
             # Python 3.12 warns of forking beside a thread. The only other one waits for a signal and holds no lock.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._child.start()
@@ -524,7 +532,7 @@ class TallyInChild:
 
     def choose(self, new):
         """Have the child begin to add up the events whose lines are 1 in new."""
-        with self._watched():
+        with contextlib.suppress(ConnectionError):  # it died, as sums() will see
             self._pipe.send(new)
 
     def receive_report(self):
@@ -533,25 +541,19 @@ class TallyInChild:
 
     def sums(self):
         """Return what the Tally's sums() returns, when the child has it."""
-        with self._watched():
+        try:
             result = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise ChildDied(f"A process that read {self._path} ended too early: out of memory, or killed.") from error
         if isinstance(result, OSError):
             raise result
         return result
 
-    @contextlib.contextmanager
-    def _watched(self):
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            raise ChildDied(f"A process that read {self._path} ended too early: out of memory, or killed.") from error
-
     def close(self):
         """End the child."""
         self._pipe.close()
-        if self._child.pid:
-            self._child.kill()
-            self._child.join()
+        self._child.kill()
+        self._child.join()
 
 
 def read_rows(block, offset, ids_only, rejected):
@@ -581,8 +583,9 @@ def read_rows(block, offset, ids_only, rejected):
 
 
 def add_spans(spans, rows, number, line):
-    """Add the ids of rows to spans; line is the first one's number in the slice. An event without an id gets one that no
-    other has in this chunk: no producer, and number for the first."""
+    """Add the ids of rows to spans; line is the first one's number in the slice.
+
+    An event without an id gets one that no other has in this chunk: no producer, and number for the first."""
     # Neighbours belong to one span when they have one producer and their sequences ascend as their lines do.
     keys = [(row[3], int(row[4] or number + i) - i) for i, row in enumerate(rows)]
     at = 0
@@ -598,9 +601,9 @@ def add_spans(spans, rows, number, line):
 
 # ---- Exactly once ---------------------------------------------------------------------------------------------------
 
-# What came of a chunk: the offsets where it began and ended, how many events were applied and how many repeated, and
-# the (offset, reason) of each bad line.
-Chunk = collections.namedtuple("Chunk", "start end applied repeated rejected")
+# What came of a chunk: the offsets where it began and ended, the position that is recorded now, how many events were
+# applied and how many repeated, and the (offset, reason) of each bad line.
+Chunk = collections.namedtuple("Chunk", "start end position applied repeated rejected")
 
 
 def apply_chunk(sql, log, offset, unknown):
@@ -626,9 +629,10 @@ def apply_chunk(sql, log, offset, unknown):
     rejected = [line for report in reports for line in report.rejected]
     read_again = end >= log.end and not unknown and not any(reason == NO_ID for _, reason in rejected)
     if end > position and (unchanged or read_again):
+        position = end
         sql.execute("UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
                     [end, log.digest(end), log.log_id])
-    return Chunk(start, end, applied, sum(report.events for report in reports) - applied, rejected)
+    return Chunk(start, end, position, applied, sum(report.events for report in reports) - applied, rejected)
 
 
 @contextlib.contextmanager
@@ -740,8 +744,8 @@ def _check_url(url):
         parts = {"port": "malformed"}
     unescaped = "://" in url and not re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
     if unescaped or not re.fullmatch("[0-9,]*", parts.get("port", "")):
-        raise Failure("DATABASE_URL is malformed. It must look like postgresql://user:password@host:5432/database, with "
-                      "each / @ : % in the password percent-encoded (%2F %40 %3A %25).")
+        raise Failure("DATABASE_URL is malformed. It must look like postgresql://user:password@host:5432/database, "
+                      "with each / @ : % in the password percent-encoded (%2F %40 %3A %25).")
     return parts
 
 
@@ -773,6 +777,12 @@ def prepare_tables(sql, create=True):
             FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
             WHERE pg_class.oid = to_regclass('users_revenue')""")
         sql.execute(TABLES.read_text())
+    sql.execute("""
+        SELECT count(DISTINCT relnamespace) FROM pg_class
+        WHERE oid IN (to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs'))""")
+    if sql.fetchone() != (1,):
+        raise Failure("users_revenue, event_producers and event_logs are in different schemas; set search_path so that "
+                      "all three are found in one: ALTER ROLE NAME SET search_path = SCHEMA.")
     check_users_revenue(sql)
 
 
@@ -811,13 +821,14 @@ class Processor:
         self.failed = False  # something was rejected or could not be read
         self.connection = None
         self.applied = {}  # {file: its state when all of it was applied on this connection}
+        self.positions = {}  # {log_id: the position that the database had recorded last}
         self.held = {}  # {path: LogReader} of the logs that are written to, so that they are still read when renamed
         self.troubles = Troubles()
         self.failures = 0  # since something last succeeded
 
     def run_once(self):
         """Apply what is new in every log; raise Failure or psycopg2.Error when the database does not let it."""
-        self.with_retries(self.check_connection)
+        self.with_retries(self.check_database)
         for path in self.find_logs():
             try:
                 self.apply_path(path)
@@ -827,17 +838,19 @@ class Processor:
                 missing = "is not there; waiting for it." if self.follow else (
                     "No such file or directory; start server.py in its directory, or name another log.")
                 self.troubles.begin(path, missing if error.errno == errno.ENOENT else f"{error.strerror}.")
+        if not self.follow and not self.with_retries(self.check_database):
+            self.run_once()
 
     def find_logs(self):
         """Return the paths of the logs, rotated ones before the one that they were renamed from."""
         found = []
         for path in self.paths:
-            rotated = rotated_logs(path)
+            rotated = rotated_logs(path) + (rotated_logs(os.path.realpath(path)) if os.path.islink(path) else [])
             for sibling in rotated:
                 if not sibling.endswith(COMPRESSED):
                     found.append(sibling)
                 elif sibling not in self.paths:
-                    self.troubles.begin(sibling, "is compressed and left alone; it is read when it is named.")
+                    self.troubles.begin(sibling, "is compressed and was not read; name it to read it.")
             if self.follow or os.path.exists(path) or not rotated:
                 found.append(path)
         return list(dict.fromkeys(found))
@@ -847,6 +860,7 @@ class Processor:
         log = self.held.get(path)
         if log and not leads_to(path, log.file.fileno()):
             # Renamed. find_end waits for the lock, and whoever writes next sees the renaming: what is there now is all.
+            self.applied.pop(log.state()[0], None)  # also if it has not grown: its writer may hold the lock
             self.apply_log(log)
             self.held.pop(path).close()
             log = None
@@ -881,7 +895,8 @@ class Processor:
                 show_progress("")
                 for at, reason in [] if self.verifying else chunk.rejected:
                     self.failed = True
-                    warn(f"{log.path}: byte {at}: {reason}")  # before the commit: better twice than, after a kill, never
+                    warn(f"{log.path}: byte {at}: {reason}")  # before the commit: after a kill twice rather than never
+            self.positions[log.log_id] = chunk.position
             if chunk.applied:
                 self.failures = 0
             start, offset = chunk.start, chunk.end
@@ -898,11 +913,15 @@ class Processor:
         with contextlib.nullcontext() if self.verifying else self.connection, self.connection.cursor() as sql:
             yield sql
 
-    def check_connection(self):
-        """Raise psycopg2.Error if the connection was lost: then the database may be another one, and what this run
-        remembers of it is void."""
+    def check_database(self):
+        """Return whether the database still knows all that it knew. Otherwise it was restored or replaced, and what
+        this run remembers is void."""
         with self.transaction() as sql:
-            sql.execute("SELECT")
+            sql.execute("SELECT log_id, position FROM event_logs")
+            positions = {bytes(log_id): position for log_id, position in sql}
+        known = all([positions.get(log_id, -1) >= position for log_id, position in self.positions.items()])
+        self.applied, self.positions = self.applied if known else {}, positions
+        return known
 
     def with_retries(self, action, *arguments):
         """Return action(*arguments), connecting first where there is no connection. After a deadlock, a lost
@@ -943,6 +962,9 @@ def verify(paths):
         sql.execute(TABLES.read_text().replace("CREATE TABLE IF NOT EXISTS", "CREATE TEMPORARY TABLE"))
         sql.execute("SELECT set_config('search_path', 'pg_temp, ' || current_setting('search_path'), true)")
         processor.run_once()
+        if processor.failed:
+            say("Not every log could be read, so nothing was compared.")
+            return False
         sql.execute("SELECT %s::regclass::text, count(*) FROM users_revenue", real)
         real, users = sql.fetchone()  # with its schema, because it is hidden now
         sql.execute(f"""
@@ -950,13 +972,14 @@ def verify(paths):
             FROM {real} AS stored FULL JOIN users_revenue AS logged USING (user_id)
             WHERE coalesce(stored.revenue, 0) <> coalesce(logged.revenue, 0) ORDER BY user_id""")
         for user, stored, logged, difference in sql:
-            say(f"{user}: {stored or Decimal():f} in users_revenue, {logged or Decimal():f} in the logs, difference {difference:f}")
+            say(f"{user}: {stored or Decimal():f} in users_revenue, {logged or Decimal():f} in the logs, "
+                f"difference {difference:f}")
         if sql.rowcount:
-            say(f"{sql.rowcount:,} users differ. Revenue from before these logs is a difference, and so are events that "
-                "are not applied yet: run data_processor.py first, and name every log.")
-        elif not processor.failed:
+            say(f"{sql.rowcount:,} users differ. Revenue from before these logs is a difference, and so are events "
+                "that are not applied yet: run data_processor.py first, and name every log.")
+        else:
             say(f"users_revenue and the logs agree on {users:,} users.")
-        return not sql.rowcount and not processor.failed
+        return not sql.rowcount
 
 
 def explain(error):
@@ -966,8 +989,9 @@ def explain(error):
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}."
     if isinstance(error, psycopg2.OperationalError) and not error.pgcode:
-        return (f"No database: {sentence(error)}. Start PostgreSQL, or name another one with DATABASE_URL or PGHOST, "
-                "PGPORT, PGUSER, PGPASSWORD and PGDATABASE.")
+        advice = "Check" if "FATAL" in str(error) else "Start PostgreSQL, or name another one with"  # or it is there
+        return (f"No database: {sentence(error)}. {advice} DATABASE_URL or PGHOST, PGPORT, PGUSER, PGPASSWORD and "
+                "PGDATABASE.")
     return f"Stopped at a database error: {sentence(error)}."
 
 

@@ -29,7 +29,7 @@ import traceback
 import urllib.parse
 
 from data_processor import (  # first, because it says in a sentence what this machine lacks
-    DEFAULT_LOG, MAX_EVENT_BYTES, MAX_SEQUENCE, Failure, Troubles, add_log_field, as_line, check_event, check_id,
+    DEFAULT_LOG, MAX_SEQUENCE, Failure, Troubles, add_log_field, as_line, check_event, check_id,
     connect, end_of_events, is_plain, leads_to, open_regular, say, sentence, stamp, sync_file, usable_cores, warn)
 
 import fcntl
@@ -42,7 +42,8 @@ MAX_LINES = 10_000
 MAX_LINE_BYTES = 16 * 1024  # a request line, a header, a chunk's size
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
-DECODED_BATCHES = 8  # at once, in each worker; bounds the memory for their lines
+DECODED_BATCHES = 8  # at once, in each worker
+GROUP_BYTES = 16 * 1024 * 1024  # of lines that wait for the disk, in each worker, before further ones wait for them
 
 REQUEST_SECONDS = 30  # from a request's first byte to its last
 IDLE_SECONDS = 75  # to take an answer and to begin the next request; load balancers reuse a connection for 60
@@ -87,7 +88,8 @@ class LogWriter:
         self.failed = None  # the error of a sync, after which nothing is written any more
         self._fd = None  # opened by this process: the lock of an inherited descriptor would not exclude the others
         self._group = []  # [(lines, done)] that are written and synced together next
-        self._group_lock = threading.Lock()  # guards _group
+        self._group_bytes = 0
+        self._group_lock = threading.Condition(threading.Lock())  # guards these two; notified when a group is closed
         self._file_lock = threading.Lock()  # held by the one thread that writes
         self._troubles = Troubles()
 
@@ -99,12 +101,15 @@ class LogWriter:
         them were woken to send its own answer, a third fewer requests would be served.)
         """
         with self._group_lock:
+            self._group_lock.wait_for(lambda: self._group_bytes < GROUP_BYTES)
             self._group.append((lines, done))
+            self._group_bytes += len(lines)
             if len(self._group) > 1:
                 return
         with self._file_lock:
             with self._group_lock:  # only now, so that the group includes everyone who came during the previous sync
-                group, self._group = self._group, []
+                group, self._group, self._group_bytes = self._group, [], 0
+                self._group_lock.notify_all()
             error = self._write(group)
             for _, done in group:  # before the next group is written, so that these peers' next requests can join it
                 try:
@@ -271,6 +276,8 @@ ONCE = {"host", "authorization", "content-length", "transfer-encoding", "content
 METHODS = {"/liveEvent": ("POST", "OPTIONS"), "/userEvents/": ("GET", "HEAD"), "/health": ("GET", "HEAD")}
 JSON, NDJSON = "application/json", "application/x-ndjson"
 ACCEPT_POST = {"Accept-Post": f"{JSON}, {NDJSON}"}
+WRONG_MEDIA = 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST
+COMPRESSED = 415, "the body must not be compressed", {"Accept-Encoding": "identity"} | ACCEPT_POST
 TOO_LARGE = 413, f"the body must be at most {MAX_BODY_BYTES:,} bytes long"
 NOT_WHOLE = 408, f"the request ended early or took longer than {REQUEST_SECONDS} seconds"
 
@@ -410,7 +417,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if secret is None:
             # DNS rebinding: a web page can make a local browser send requests here under the page's own host name.
             require(LOOPBACK_HOST.fullmatch(self.headers.get("host", "")), 421,
-                    "without EVENTS_AUTHORIZATION only requests to a loopback host are served")
+                    "without EVENTS_AUTHORIZATION the Host header must be localhost or a loopback address")
         elif self.path != "/health":
             require(hmac.compare_digest(self.headers.get("authorization", "").encode("latin-1"), secret), 401,
                     "the Authorization header is missing or wrong", {"WWW-Authenticate": "Bearer"})
@@ -454,8 +461,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the method that answers the request, or raise Refusal."""
         methods = METHODS.get("/userEvents/" if self.path.startswith("/userEvents/") else self.path)
         require(methods, 404, "no such path; there are /liveEvent, /userEvents/<userId> and /health")
-        allowed = ", ".join(methods)
-        require(self.command in methods, 405, f"the methods here are: {allowed}", {"Allow": allowed})
+        if self.command not in methods:
+            allowed = ", ".join(methods)
+            raise Refusal(405, f"the methods here are: {allowed}", {"Allow": allowed})
         return getattr(self, f"do_{self.command}")
 
     def do_OPTIONS(self):
@@ -486,19 +494,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         """Log one event, or a batch, and answer when it is durable."""
         media = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        require(media in (JSON, NDJSON), 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST)
-        require(self.headers.get("content-encoding", "identity").lower() == "identity", 415,
-                "the body must not be compressed", {"Accept-Encoding": "identity"} | ACCEPT_POST)
+        require(media in (JSON, NDJSON), *WRONG_MEDIA)
+        require(self.headers.get("content-encoding", "identity").lower() == "identity", *COMPRESSED)
         producer, first = self.read_id()
         body = self.read_body()
         if media == JSON:
             return self.log_event(body, producer, first)
         with self.server.decoding:
-            answer = self.log_batch(body, producer, first)
-            if len(body) > MAX_EVENT_BYTES:  # its lines fill memory until they are on the disk: others wait for that
-                with self.owed:
-                    pass
-            return answer
+            return self.log_batch(body, producer, first)
 
     def read_id(self):
         """Return the producer id and the sequence that the sender gave, or None and None; or raise Refusal."""
@@ -527,16 +530,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Log the valid lines of an NDJSON body, and answer how many they were and what is wrong with the others."""
         if not body.endswith(b"\n"):
             body += b"\n"
-        count = body.count(b"\n")
-        require(count <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES:,} lines")
-        require(producer is None or first + count - 1 <= MAX_SEQUENCE, 400,
+        total = body.count(b"\n")
+        require(total <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES:,} lines")
+        require(producer is None or first + total - 1 <= MAX_SEQUENCE, 400,
                 "the last line's sequence would be above 2^53 - 1")
         accepted, rejected = check_lines(body)
+        count = sum([lines.count(b"\n") for lines in accepted.values()])
         if producer is None:  # consecutive ids for the events alone: every gap would stay in the database
             accepted = {0: b"".join(accepted.values())}
-            producer, first = self.server.assign_ids(accepted[0].count(b"\n"))
+            producer, first = self.server.assign_ids(count)
         lines = b"".join([stamp(lines, producer, first + index) for index, lines in accepted.items()])
-        answer = {"message": "Events received", "accepted": lines.count(b"\n"), "rejected": rejected}
+        answer = {"message": "Events received", "accepted": count, "rejected": rejected}
         return self.log_and_answer(lines, json.dumps(answer).encode())
 
     # -- Answering
@@ -821,8 +825,8 @@ def main(arguments=None):
         listener = listen(options.host, options.port)
         host, port = listener.getsockname()[:2]
         if authorization is None and not ipaddress.ip_address(host).is_loopback:
-            raise Failure(f"Refusing to listen on {host} for everyone: set EVENTS_AUTHORIZATION to the value that the "
-                          "Authorization header of every request must have, or listen on 127.0.0.1.")
+            raise Failure(f"Refusing to listen on {host}, where everyone can send events: set EVENTS_AUTHORIZATION to "
+                          "the value that the Authorization header of every request must have, or listen on 127.0.0.1.")
         os.close(LogWriter(options.log).open())
     except Failure as failure:
         warn(str(failure))
