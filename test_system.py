@@ -1044,6 +1044,18 @@ class Pipeline(SystemTest):
         self.processor(log, status=1)
         self.assertRevenue(expected | {"new": 5})
 
+    def test_an_edited_plain_log_that_is_put_right_is_known_again(self):
+        log = write_events(self.path("plain.jsonl"), 3)
+        content = log.read_bytes()
+        self.processor(log)
+        log.write_bytes(content.splitlines(keepends=True)[0] + content + EVENT + b"\n")
+        for _ in range(2):
+            _, errors = self.processor(log, status=1)
+            self.assertEqual(errors.count("an event without producerId and sequence"), 5)
+        log.write_bytes(content + EVENT + b"\n")
+        self.processor(log)
+        self.assertRevenue(oracle(log))
+
     def test_the_client_delivers_the_other_lines_of_a_file_with_bad_ones(self):
         server = Server(self)
         bad = [b"nonsense\n", b'{"userId": "user1", "name": "add_revenue", "value": "1"}\n']
@@ -1542,23 +1554,36 @@ class ExactlyOnce(SystemTest):
                         self.processor(log, status=status)
                     self.assertRevenue({"user1": 2 + bool(beginning) - glued})
 
-    def test_what_a_run_remembers_of_a_database_ends_with_its_connection(self):
-        log = self.path("log", "".join(with_id("p", n) for n in range(1, 41)))
-        self.processor(log)
-        log.write_text(with_id("q", 1) + log.read_text() + with_id("q", 2))  # it is read again from its start
+    def test_how_far_a_run_came_ends_with_its_connection(self):
+        older = self.path("older", with_id("p", 1) + with_id("p", 2))
+        log = self.path("log", with_id("p", 1) + with_id("q", 1) + "".join(with_id("p", n) for n in range(2, 41)))
+        self.processor(older)  # the log was changed since: it is read again from its start
         apply_chunk, chunks = data_processor.apply_chunk, []
 
         def replace_database(*arguments):
             chunks.append(arguments)
             if len(chunks) == 3:  # after two chunks an older database takes the place of this one
                 empty_tables()
+                self.processor(older)
                 terminate_backends()
             return apply_chunk(*arguments)
         with (captured(), small_slices(1, CHUNK_BYTES=500), opened_processor(log) as processor,
               unittest.mock.patch.object(data_processor, "apply_chunk", replace_database)):
             processor.run_once()
         self.assertGreater(len(chunks), 8)
-        self.assertRevenue({"user1": 42})
+        self.assertRevenue({"user1": 41})
+
+    def test_which_logs_a_run_has_applied_ends_with_its_connection(self):
+        log = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
+        with captured(), opened_processor(log, follow=True) as processor:
+            processor.run_once()
+            log.write_text(with_id("p", 1) + with_id("q", 1))  # which moves no position
+            processor.run_once()
+            self.assertRevenue({"user1": 4})
+            query("UPDATE users_revenue SET revenue = 3; DELETE FROM event_producers WHERE producer_id = 'q'")
+            terminate_backends()  # the database was replaced by an older one
+            processor.run_once()
+        self.assertRevenue({"user1": 4})
 
     def test_a_run_notices_that_the_database_knows_less_than_before(self):
         logs = [self.path("log.1", with_id("p", 1)), self.path("log", with_id("p", 2))]
@@ -1782,6 +1807,25 @@ class Durability(SystemTest):
             for thread in threads:
                 thread.join()
         self.assertEqual((len(syncs), done), (2, [None] * 10))
+
+    def test_few_lines_wait_for_the_disk_at_once(self):
+        goes_on, syncs, done = threading.Event(), [], []
+        sync = unittest.mock.patch.object(server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20))
+        line = with_id("p", 1).encode()
+        with (opened_log(self.path("log")) as log, sync,
+              unittest.mock.patch.object(server_module, "GROUP_BYTES", 3 * len(line))):
+            threads = [threading.Thread(target=log.append, args=[line, done.append]) for _ in range(11)]
+            threads[0].start()
+            wait_until(lambda: syncs, "the first is syncing")
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(lambda: len(log._group) >= 3, "a group is full")
+            time.sleep(0.2)
+            self.assertEqual(len(log._group), 3)
+            goes_on.set()
+            for thread in threads:
+                thread.join(20)
+        self.assertEqual(done, [None] * 11)
 
     def test_an_answer_that_cannot_be_sent_keeps_nobody_else_from_theirs(self):
         goes_on, done, syncs = threading.Event(), [], []
@@ -2902,6 +2946,24 @@ class Http(SystemTest):
                 thread.join(20)
         self.assertEqual(done, [None] * 10)
 
+    def test_few_batches_are_decoded_at_once(self):
+        check_lines, decoding, most = server_module.check_lines, [], []
+
+        def count(body):
+            decoding.append(body)
+            most.append(len(decoding))
+            time.sleep(0.1)
+            decoding.pop()
+            return check_lines(body)
+        log = unittest.mock.Mock(failed=None, append=lambda lines, done: done(None))
+        with (unittest.mock.patch.object(server_module, "check_lines", count), contextlib.ExitStack() as stack,
+              serving(log, DECODED_BATCHES=3) as worker):
+            wires = [stack.enter_context(socket.create_connection(worker.address, timeout=20)) for _ in range(8)]
+            for wire in wires:
+                wire.sendall(post(body=EVENT, media="application/x-ndjson"))
+            self.assertEqual({read_answer(wire)[0] for wire in wires}, {200})
+        self.assertEqual((len(most), max(most)), (8, 3))
+
     def test_a_rejected_line_costs_its_message_alone(self):
         tracemalloc.start()
         try:
@@ -4011,6 +4073,15 @@ class Audit(SystemTest):
             "user9: 0 in users_revenue, -7 in the logs, difference 7"])
         self.assertIn("3 users differ", output)
 
+    def test_verify_hides_the_tables_wherever_the_search_path_has_temporary_ones(self):
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        query("UPDATE users_revenue SET revenue = 5")
+        parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
+        dsn = psycopg2.extensions.make_dsn(**(parts | {"options": "-c search_path=public,pg_temp"}))
+        output, _ = self.processor("--verify", log, status=1, DATABASE_URL=dsn)
+        self.assertIn("user1: 5 in users_revenue, 1 in the logs, difference 4", output)
+
     def test_a_log_that_cannot_be_read_is_no_agreement(self):
         self.processor(self.path("log", EVENT + b"\n"))
         output, errors = self.processor("--verify", "log", "missing", status=1)
@@ -4024,6 +4095,7 @@ class Audit(SystemTest):
 
     def test_nothing_outlives_its_transaction_on_a_connection(self):
         self.path("log", with_id("p", 1))
+        query("DROP TABLE event_producers, event_logs")  # which the first run creates
         settings = "SELECT name, setting FROM pg_settings WHERE source = 'session' OR context = 'user' ORDER BY name"
         tables = """
             SELECT nspname, relname FROM pg_namespace JOIN pg_class ON pg_namespace.oid = relnamespace
