@@ -1117,9 +1117,9 @@ class Pipeline(SystemTest):
     def test_a_database_that_is_not_there_is_named_in_a_sentence(self):
         log = self.path("log", EVENT + b"\n")
         parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
-        cases = {"a missing database": ({"dbname": "missing"}, "does not exist"),
-                 "a port where nothing listens": (
-                     {"host": "127.0.0.1", "hostaddr": "127.0.0.1", "port": free_port()}, "refused"),
+        nowhere = {"host": "127.0.0.1", "hostaddr": "127.0.0.1", "port": free_port()}
+        cases = {"a missing database": ({"dbname": "missing"}, "does not exist. Check DATABASE_URL"),
+                 "a port where nothing listens": (nowhere, "refused. Start PostgreSQL"),
                  "an unknown user": ({"user": "nobody-such"}, "No database")}
         if parts.get("password"):
             cases["a wrong password"] = {"password": "wrong"}, "password"
@@ -1238,10 +1238,21 @@ class Pipeline(SystemTest):
     def test_a_query_that_takes_too_long_is_cancelled_by_the_database(self):
         database = server_module.Database()
         self.addCleanup(lambda: database._connection.close())
+        last_resort = threading.Timer(10, terminate_backends)
+        last_resort.start()
+        self.addCleanup(last_resort.cancel)
         with locked_users():
             begun = time.monotonic()
             self.assertRaises(psycopg2.errors.QueryCanceled, database._query, "user1")
             self.assertLess(time.monotonic() - begun, 3)
+
+    def test_without_a_thread_for_the_query_the_database_does_not_answer(self):
+        database = server_module.Database()
+        error = RuntimeError("can't start new thread")
+        with (unittest.mock.patch.object(database._thread, "submit", side_effect=error),
+              warnings_of(data_processor) as said):
+            self.assertRaises(data_processor.Failure, database.revenue, "user1")
+        self.assertEqual(said, ["The database: can't start new thread."])
 
     def test_before_the_tables_exist_every_user_is_unknown(self):
         drop_tables()
@@ -1294,6 +1305,8 @@ class Pipeline(SystemTest):
                 self.assertIn("agree on 1 users", self.processor("--verify", log)[0])
                 log.write_bytes(log.read_bytes()[:-20])
                 self.assertIn(f"{log}: cannot be decompressed", self.processor(log, status=1)[1])
+        log, named = self.path("other", with_id("q", 1)), self.path("other.1.gz", gzip.compress(content))
+        self.assertEqual(self.processor(log, named)[1], "", "it is not said to be left alone")
         for name, words in (("log.zst", "Python cannot read .zst files"), ("plain.gz", "cannot be decompressed")):
             with self.subTest(name):
                 self.assertIn(words, self.processor(self.path(name, EVENT + b"\n"), status=1)[1])
@@ -1463,6 +1476,76 @@ class ExactlyOnce(SystemTest):
         wait_until(lambda: query(sessions) == [(1,)], "their sessions have ended and counted their deadlocks")
         self.assertEqual(query(deadlocks), before)
 
+    def test_a_processor_that_commits_while_another_is_at_work_counts_once(self):
+        self.processor(self.path("known", with_id("p", 9)))
+        paths = [self.path(f"log{n}", with_id("p", n) + with_id("p", n + 1)) for n in (1, 2)]
+        connect, begun = psycopg2.connect, []
+
+        def begin_other():
+            other = connect(os.environ["DATABASE_URL"], options="-c lock_timeout=100ms")
+            self.addCleanup(other.close)
+            with contextlib.suppress(psycopg2.errors.LockNotAvailable):
+                apply_uncommitted(paths[1], other)
+                begun.append(threading.Timer(0.3, other.commit))  # by then the first waits, or is done
+                begun[-1].start()
+
+        class Cursor(psycopg2.extensions.cursor):
+            def execute(self, *arguments):
+                if self.connection.steps == at:
+                    begin_other()
+                self.connection.steps += 1
+                super().execute(*arguments)
+
+        class Interrupted(psycopg2.extensions.connection):
+            steps = 0
+
+            def cursor(self, *arguments, **options):
+                return super().cursor(*arguments, cursor_factory=Cursor, **options)
+        for at in range(4):
+            with self.subTest(statement=at):
+                query("UPDATE event_producers SET applied = '{[9,10)}'; UPDATE users_revenue SET revenue = 1; "
+                      "TRUNCATE event_logs")
+                connection = connect(os.environ["DATABASE_URL"], connection_factory=Interrupted)
+                with contextlib.closing(connection):
+                    apply_uncommitted(paths[0], connection)
+                    connection.commit()
+                for timer in begun:
+                    timer.join()
+                self.processor(*paths)
+                self.assertRevenue({"user1": 4})
+        self.assertGreater(len(begun), 1, "nobody came between")
+
+    def test_rows_are_locked_in_the_order_of_their_bytes(self):
+        names = [f"n{number:02}" for number in range(40)]
+        backwards = "".join(with_id(name, 1, name) for name in reversed(names))
+        held, later = names[20], names[21:]
+        lock = {"new producers": "INSERT INTO event_producers (producer_id) SELECT unnest(%s)",
+                "known producers": "SELECT FROM event_producers WHERE producer_id = ANY (%s) FOR UPDATE",
+                "users": "SELECT FROM users_revenue WHERE user_id = ANY (%s) FOR UPDATE"}
+        for case, statement in lock.items():
+            connection = psycopg2.connect(os.environ["DATABASE_URL"])
+            with self.subTest(case), contextlib.closing(connection), connection.cursor() as sql:
+                empty_tables()
+                if case != "new producers":
+                    query("INSERT INTO event_producers (producer_id) SELECT unnest(%s)", [names[::-1]])
+                    query("INSERT INTO users_revenue SELECT unnest(%s), 0", [names[::-1]])
+                sql.execute(statement, [[held]])
+                processor = self.start("data_processor.py", self.path("log", backwards))
+                wait_until(waiting, "the processor waits for what is held")
+                sql.execute("SET LOCAL lock_timeout = 100")
+                sql.execute(statement, [later])  # which it has not locked yet
+                connection.rollback()
+                self.assertEqual(processor.wait(20), 0, processor.stderr.read())
+                self.assertRevenue(dict.fromkeys(names, 1))
+
+    def test_the_isolation_is_read_committed_whatever_the_database_prefers(self):
+        with (unittest.mock.patch.dict(os.environ, PGOPTIONS="-c default_transaction_isolation=serializable"),
+              opened_processor(self.path("log")) as processor):
+            processor.connect()
+            with processor.transaction() as sql:
+                sql.execute("SHOW transaction_isolation")
+                self.assertEqual(sql.fetchone(), ("read committed",))
+
     def test_a_processor_that_stands_still_does_not_hold_up_the_others_for_long(self):
         log = self.path("log", with_id("p", 1))
         count_once, outputs = data_processor.count_once, []
@@ -1553,6 +1636,29 @@ class ExactlyOnce(SystemTest):
                     for status in (int(glued), 0):
                         self.processor(log, status=status)
                     self.assertRevenue({"user1": 2 + bool(beginning) - glued})
+
+    def test_a_log_is_synced_once_for_all_of_its_chunks(self):
+        log = self.path("log", "".join(with_id("p", n) for n in range(1, 41)))
+        with (captured(), small_slices(1, CHUNK_BYTES=500), opened_processor(log) as processor,
+              unittest.mock.patch.object(data_processor, "sync_file") as sync):
+            processor.run_once()
+        sync.assert_called_once()
+        self.assertRevenue({"user1": 40})
+
+    def test_a_run_gives_up_after_attempts_without_progress_alone(self):
+        log = self.path("log", "".join(with_id("p", n) for n in range(1, 41)))
+        apply_chunk, calls = data_processor.apply_chunk, itertools.count(1)
+
+        def fail_often(*arguments):
+            if next(calls) % 4:
+                raise psycopg2.OperationalError("down")
+            return apply_chunk(*arguments)
+        with (captured(), small_slices(1, CHUNK_BYTES=1000), opened_processor(log) as processor,
+              unittest.mock.patch.object(data_processor.time, "sleep"),
+              unittest.mock.patch.object(data_processor, "apply_chunk", fail_often)):
+            processor.run_once()
+        self.assertGreater(next(calls), 2 * data_processor.ATTEMPTS)
+        self.assertRevenue({"user1": 40})
 
     def test_how_far_a_run_came_ends_with_its_connection(self):
         older = self.path("older", with_id("p", 1) + with_id("p", 2))
@@ -1692,17 +1798,55 @@ class Cores(SystemTest):
             self.assertEqual((printed(), processor.failed), (f"{log}: Input/output error.\n", True))
 
     def test_a_chunk_ends_early_rather_than_keep_too_much(self):
-        lines = {"bytes": (with_id("p", 1), {"CHUNK_BYTES": 1000}), "seconds": (with_id("p", 1), {"CHUNK_SECONDS": -1}),
-                 "bad lines": ("x\n", {"KEPT_BYTES": 10_000}), "spans": (with_id("p", 1), {"KEPT_BYTES": 3000}),
-                 "users": ("".join(with_id("p", n, "x" * n) for n in range(1, 9)), {"KEPT_BYTES": 200})}
-        for what, (line, limits) in lines.items():
+        repeated = 300 * with_id("p", 1)  # a span for each line
+        users, ids = ("".join(with_id("p", n, user) for n, user in enumerate(names, 1)) for names in (
+            [f"u{n}" for n in range(300)], [f"{n:0100}" for n in range(300)]))
+        logs = {"bytes": (repeated, {"CHUNK_BYTES": 1000}), "seconds": (repeated, {"CHUNK_SECONDS": -1}),
+                "bad lines": (300 * "x\n", {"KEPT_BYTES": 10_000}), "spans": (repeated, {"KEPT_BYTES": 3000}),
+                "users": (users, {"KEPT_BYTES": 3000}), "the users' ids": (ids, {"KEPT_BYTES": 6000})}
+        for what, (content, limits) in logs.items():
+            last = {}  # {cores: where the chunk ends}
             for cores in (1, 3):
                 with (self.subTest(what, cores=cores), small_slices(cores, **limits),
-                      opened_reader(self.path("log", 300 * line)) as log):
+                      opened_reader(self.path("log", content)) as log):
                     with data_processor.tallied(log, 0, False) as tallies:
                         ends = [0] + [tally.report.end for tally in tallies]
                     self.assertEqual([tally.report.start for tally in tallies], ends[:-1])
-                    self.assertTrue(0 < ends[-1] < 12_000, ends)
+                    self.assertTrue(0 < ends[-1] < len(content), ends)
+                    last[cores] = ends[-1]
+            if "KEPT_BYTES" in limits:
+                self.assertLess(last[3], last[1], f"{what}: the slices share the limit")
+        self.assertLess(3 * data_processor.CHUNK_SECONDS, data_processor.IDLE_SECONDS)
+
+    def test_new_events_are_read_once(self):
+        log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
+        reads = unittest.mock.Mock(side_effect=data_processor.read_rows)
+        with (captured(), opened_processor(log) as processor,
+              unittest.mock.patch.object(data_processor, "read_rows", reads)):
+            processor.run_once()
+        self.assertEqual(reads.call_count, 1)
+
+    def test_a_log_that_is_cut_between_its_readings_is_not_counted(self):
+        path = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
+        with opened_reader(path) as log:
+            tally = data_processor.Tally(log, 0, log.end, False, 10**6)
+            os.truncate(path, len(with_id("p", 1)))
+            tally.choose(b"\1\0\1")
+            self.assertRaisesRegex(OSError, "was changed while it was read", tally.sums)
+
+    def test_no_child_outlives_its_chunk(self):
+        log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
+
+        class Slow(data_processor.Tally):
+            def __init__(self, log, start, *arguments):
+                if start == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(20)
+        with (captured(), small_slices(2), opened_processor(log) as processor,
+              unittest.mock.patch.multiple(data_processor, Tally=Slow, ATTEMPTS=1)):
+            before = set(children_of(os.getpid()))
+            self.assertRaises(data_processor.ChildDied, processor.run_once)
+            self.assertLessEqual(set(children_of(os.getpid())), before)
 
 
 # ---- Durability -----------------------------------------------------------------------------------------------------
@@ -3163,6 +3307,18 @@ sys.stderr = open("/dev/full", "w", 1)
                 pass
             self.assertLess(time.monotonic() - begun, 5)
 
+    def test_a_worker_that_stops_waits_for_the_disk_for_a_bounded_time(self):
+        pending = []
+        log = unittest.mock.Mock(failed=None, append=lambda lines, done: pending.append(done))
+        with contextlib.ExitStack() as stack:
+            with serving(log, BACKLOG_SECONDS=0.1, STOP_SECONDS=0.3) as worker:
+                wire = stack.enter_context(socket.create_connection(worker.address, timeout=20))
+                wire.sendall(post(body=EVENT))
+                wait_until(lambda: pending, "the event waits for the disk")
+                begun = time.monotonic()
+            self.assertLess(time.monotonic() - begun, 5)
+            pending[0](None)
+
     def test_without_threads_connections_wait_for_one(self):
         server = Server(self, "--workers", "1", patch="""
 import threading
@@ -4001,6 +4157,45 @@ class Following(SystemTest):
         self.assertEqual(lines[1:], [f"{log}: 1 applied, 0 repeated, 0 rejected",
                                      "Events are not applied: this is over."])
 
+    def test_an_outage_of_any_length_is_tried_again_at_least_every_30_seconds(self):
+        log, pauses = self.path("log", with_id("p", 1)), []
+        apply_chunk, broken = data_processor.apply_chunk, [True] * 40
+
+        def apply_later(*arguments):
+            if broken:
+                broken.pop()
+                raise psycopg2.OperationalError("down")
+            return apply_chunk(*arguments)
+
+        def pause(seconds):
+            pauses.append(seconds)
+            if not broken and seconds == data_processor.POLL_SECONDS:
+                raise SystemExit
+        with (captured(), opened_processor(log, follow=True) as processor,
+              unittest.mock.patch.object(data_processor, "apply_chunk", apply_later),
+              unittest.mock.patch.object(data_processor.time, "sleep", pause)):
+            self.assertRaises(SystemExit, data_processor.follow, processor)
+        self.assertLessEqual(max(pauses), data_processor.MAX_BACKOFF_SECONDS)
+        self.assertRevenue({"user1": 1})
+
+    def test_follow_reads_nothing_of_a_log_that_has_not_grown(self):
+        with captured(), opened_processor(self.path("log", with_id("p", 1)), follow=True) as processor:
+            processor.run_once()
+            with unittest.mock.patch.object(data_processor, "apply_chunk") as apply_chunk:
+                processor.run_once()
+        apply_chunk.assert_not_called()
+
+    def test_a_log_that_was_renamed_is_closed(self):
+        log = self.path("log", with_id("p", 1))
+        with captured(), opened_processor(log, follow=True) as processor:
+            processor.run_once()
+            renamed = processor.held[str(log)]
+            log.rename(self.path("renamed"))
+            self.path("log", with_id("p", 2))
+            processor.run_once()
+        self.assertTrue(renamed.file.closed)
+        self.assertRevenue({"user1": 2})
+
     def test_sigterm_ends_a_run_with_143_and_a_follower_with_0(self):
         log = self.path("log", EVENT + b"\n")
         with locked_users():
@@ -4228,18 +4423,25 @@ class Words(SystemTest):
                   "short ids": "user_id varchar(20) PRIMARY KEY, revenue numeric",
                   "padded ids": "user_id char(300) UNIQUE, revenue numeric",
                   "numbers": "user_id bigint PRIMARY KEY, revenue numeric", "no key": "user_id text, revenue numeric",
-                  "two columns": "user_id text, revenue numeric, UNIQUE (user_id, revenue)", "nothing": "x int"}
+                  "two columns": "user_id text, revenue numeric, UNIQUE (user_id, revenue)",
+                  "a key for some users": "user_id text, revenue numeric); "
+                                          "CREATE UNIQUE INDEX ON users_revenue (user_id) WHERE (revenue > 0",
+                  "ids without case": "user_id text COLLATE caseless UNIQUE, revenue numeric", "nothing": "x int"}
+        query("CREATE COLLATION caseless (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
+        self.addCleanup(query, "DROP COLLATION caseless CASCADE")
         for what, columns in tables.items():
             with self.subTest(what):
                 query(f"DROP TABLE users_revenue; CREATE TABLE users_revenue ({columns})")
-                log = self.path("log" + secrets.token_hex(4), with_id(secrets.token_hex(4), 1, "x" * 255))
+                producer, users = secrets.token_hex(4), ["x" * 255, "X" * 255]
+                lines = [with_id(producer, number, user) for number, user in enumerate(users, 1)]
+                log = self.path(f"log-{producer}", "".join(lines))
                 for _ in range(4):
                     run = self.start("data_processor.py", log)
                     _, errors = run.communicate()
                     if run.returncode == 0:
                         break
                     query(re.fullmatch("users_revenue .*; mend it with: (ALTER TABLE users_revenue .*)\n", errors)[1])
-                self.assertRevenue({"x" * 255: 1})
+                self.assertRevenue(dict.fromkeys(users, 1))
 
     def test_tables_are_created_where_users_revenue_is(self):
         parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
