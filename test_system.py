@@ -1958,7 +1958,7 @@ class Durability(SystemTest):
         line = with_id("p", 1).encode()
         with (opened_log(self.path("log")) as log, sync,
               unittest.mock.patch.object(server_module, "GROUP_BYTES", 3 * len(line))):
-            threads = [threading.Thread(target=log.append, args=[line, done.append]) for _ in range(11)]
+            threads = [threading.Thread(target=log.append, args=[line, done.append], daemon=True) for _ in range(11)]
             threads[0].start()
             wait_until(lambda: syncs, "the first is syncing")
             for thread in threads[1:]:
@@ -1967,9 +1967,9 @@ class Durability(SystemTest):
             time.sleep(0.2)
             self.assertEqual(len(log._group), 3)
             goes_on.set()
+            wait_until(lambda: done == [None] * 11, "all are answered", seconds=10)
             for thread in threads:
                 thread.join(20)
-        self.assertEqual(done, [None] * 11)
 
     def test_an_answer_that_cannot_be_sent_keeps_nobody_else_from_theirs(self):
         goes_on, done, syncs = threading.Event(), [], []
