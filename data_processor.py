@@ -660,11 +660,8 @@ def count_once(sql, tallies):
     that meet the same id, the second waits and then sees what the first has committed. Producers, then users, are taken
     in the order of their bytes, so that two processors cannot each wait for the other.
     """
-    ranges = collections.defaultdict(list)
-    for producer, first, end, _ in itertools.chain.from_iterable([tally.report.spans for tally in tallies]):
-        ranges[producer].append(f"[{first},{end})")
-    ranges.pop("", None)
-    chunk = json.dumps({producer: "{%s}" % ",".join(texts) for producer, texts in ranges.items()})
+    ranges = ranges_of(tallies)
+    chunk = json.dumps(ranges)
     sql.execute("""
         INSERT INTO event_producers (producer_id)
         SELECT producer_id FROM json_object_keys(%s) AS producer_id ORDER BY producer_id COLLATE "C"
@@ -694,6 +691,14 @@ def count_once(sql, tallies):
             ON CONFLICT (user_id) DO UPDATE SET revenue = coalesce(stored.revenue, 0) + excluded.revenue""",
                     [[psycopg2.extensions.QuotedString(tally.sums()) for tally, _ in chosen]])
     return sum(new.count(1) for _, new in chosen)
+
+
+def ranges_of(tallies):
+    """Return {producer: its sequences in tallies, as an int8multirange literal}."""
+    ranges = collections.defaultdict(list)
+    for producer, first, end, _ in itertools.chain.from_iterable([tally.report.spans for tally in tallies]):
+        ranges[producer].append(f"[{first},{end})")
+    return {producer: "{%s}" % ",".join(texts) for producer, texts in ranges.items() if producer}
 
 
 def select_new(tallies, new):
