@@ -209,15 +209,13 @@ def decode_event(line):
     raise ValueError with the rule that it breaks."""
     if len(line) > MAX_EVENT_BYTES and len(STAMP_AT_END.sub(b"}", line)) > MAX_EVENT_BYTES:
         raise ValueError("an event must be at most 64 KiB long")
-    if line.startswith(b"\xef\xbb\xbf"):
-        raise ValueError("an event must not begin with a byte order mark (BOM)")
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
-        raise ValueError("an event must be UTF-8, not UTF-16")
+    if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
+        raise ValueError("an event must be UTF-8 without a byte order mark (BOM), and not UTF-16")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"an event must be UTF-8, which ends at byte {error.start}") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH and _too_deep(text):
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
         raise ValueError(f"an event must be nested at most {MAX_DEPTH} levels deep")
     try:
         event = _decode_json(text)
@@ -230,13 +228,9 @@ def decode_event(line):
     return event
 
 
-def _too_deep(text):
-    depth = 0
-    for bracket in re.findall(r"[][{}]", JSON_STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        if depth > MAX_DEPTH:
-            return True
-    return False
+def _depth(text):
+    brackets = re.findall("[][{}]", JSON_STRING.sub("", text))
+    return max(itertools.accumulate([1 if bracket in "[{" else -1 for bracket in brackets]), default=0)
 
 
 def amount_of(event):
@@ -304,13 +298,11 @@ def leads_to(path, fd):
 def end_of_events(fd, size):
     """Return the offset where the events in the first size bytes of a log end: behind the last LF or, if what follows
     is a whole event that lacks only its LF, size."""
-    end = size
-    while end:
+    end, newline = size, -1
+    while end and newline < 0:
         start = max(0, end - BLOCK_BYTES)
         newline = os.pread(fd, end - start, start).rfind(b"\n")
-        end = start + newline + 1 if newline >= 0 else start
-        if newline >= 0:
-            break
+        end = start + newline + 1
     with contextlib.suppress(ValueError):
         decode_log_line(os.pread(fd, min(size - end, BLOCK_BYTES), end))
         return size
@@ -320,25 +312,23 @@ def end_of_events(fd, size):
 def rotated_logs(path):
     """Return the paths of the files that rotation made of the log at path: its name, a dot or a hyphen, a digit, …"""
     directory, name = os.path.split(path)
-    rotated = re.compile(re.escape(name) + "[.-][0-9].*", re.DOTALL)
-    client_file = re.compile(r"\.(?:delivery|rejected)")  # left beside a rotated log that was sent with client.py
+    # client.py leaves files with .delivery and .rejected in their names beside a rotated log that it sends.
+    rotated = re.compile(re.escape(name) + r"[.-][0-9](?!.*\.(?:delivery|rejected)).*", re.DOTALL)
     entries = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
-    return sorted([os.path.join(directory, entry) for entry in entries
-                   if rotated.fullmatch(entry) and not client_file.search(entry[len(name):])])
+    return sorted([os.path.join(directory, entry) for entry in entries if rotated.fullmatch(entry)])
 
 
 def decompress(file, suffix):
     """Return a temporary file with what the compressed file holds, or raise OSError."""
     unpacked = tempfile.TemporaryFile()
     try:
-        with importlib.import_module(DECOMPRESSORS[suffix]).open(file) as content:
+        with importlib.import_module(DECOMPRESSORS.get(suffix, suffix[1:])).open(file) as content:
             shutil.copyfileobj(content, unpacked)
         unpacked.flush()
     except Exception as error:  # each of the modules raises others
-        if isinstance(error, OSError) and error.errno:
+        if getattr(error, "errno", None):
             raise
-        reason = f"Python cannot read {suffix} files" if suffix not in DECOMPRESSORS else error or type(error).__name__
-        raise OSError(errno.EINVAL, f"cannot be decompressed: {reason}") from error
+        raise OSError(errno.EINVAL, f"cannot be decompressed: {str(error) or type(error).__name__}") from error
     return unpacked
 
 
@@ -391,9 +381,8 @@ class LogReader:
             try:
                 sync_file(self.file.fileno())
             except OSError as error:
-                warn(f"{self.path}: a sync failed ({error.strerror}), so that its last lines may not be on the disk. "
-                     "They were not counted. Look after the disk before you run this again.")
-                raise SystemExit(1) from error
+                raise SystemExit(f"{self.path}: a sync failed ({error.strerror}), so that its last lines may not be on "
+                                 "the disk. They were not counted. Look after it before you run this again.") from error
             self._synced = self.end
 
     def read(self, offset, length):
@@ -482,13 +471,10 @@ class Tally:
                 sums[row[0]] = sums.get(row[0], 0) + (amount if row[1] == plus else -amount)
         (self._counts.update if plus == b"add" else self._counts.subtract)([row[0] for row in rows])
 
-    def choose(self, new):
-        """Only the events whose lines are 1 in new, a byte for each line, are to be added up."""
-        self._new = new
-
-    def sums(self):
-        """Return {user: amount} as a JSON text for the chosen events: read the others once more and take them off."""
-        new, at = self._new, 0
+    def sums(self, new):
+        """Return {user: amount} as a JSON text for the events whose lines are 1 in new, a byte for each line: read the
+        others once more and take them off."""
+        at = 0
         for offset, block, _ in self._log.blocks(*self.report[:2]) if new.count(1) < self.report.events else ():
             lines = block.split(b"\n")[:-1]
             others = new[at:at + len(lines)].translate(b"\1\0" + bytes(254))
@@ -503,11 +489,8 @@ class Tally:
 
 
 class TallyInChild:
-    """A Tally that is made by a child process. Raises ChildDied, or the OSError that reading the log raised.
-
-    The child ends with its parent, at the next read or write. (The idle workers of a pool outlive a parent that is
-    killed.)
-    """
+    """A Tally that a child process makes. It ends with its parent, at its next read or write of the pipe. (The idle
+    workers of a pool outlive a parent that is killed.)"""
 
     def __init__(self, *arguments):
         """Begin a Tally."""
@@ -525,22 +508,13 @@ class TallyInChild:
             try:
                 tally = Tally(*arguments)
                 pipe.send(tally.report)
-                tally.choose(pipe.recv())
-                pipe.send(tally.sums())
+                pipe.send(tally.sums(pipe.recv()))
             except OSError as error:
                 pipe.send(error)
 
-    def choose(self, new):
-        """Have the child begin to add up the events whose lines are 1 in new."""
-        with contextlib.suppress(ConnectionError):  # it died, as sums() will see
-            self._pipe.send(new)
-
-    def receive_report(self):
-        """Set report when the child has it."""
-        self.report = self.sums()
-
-    def sums(self):
-        """Return what the Tally's sums() returns, when the child has it."""
+    def receive(self):
+        """Return the Tally's report when the child has it, and after choose() its sums; raise the OSError that reading
+        the log raised, or ChildDied."""
         try:
             result = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -548,6 +522,11 @@ class TallyInChild:
         if isinstance(result, OSError):
             raise result
         return result
+
+    def choose(self, new):
+        """Have the child begin the sums of the events whose lines are 1 in new."""
+        with contextlib.suppress(ConnectionError):  # it died, as receive() will see
+            self._pipe.send(new)
 
     def close(self):
         """End the child."""
@@ -602,24 +581,25 @@ def add_spans(spans, rows, number, line):
 # ---- Exactly once ---------------------------------------------------------------------------------------------------
 
 # What came of a chunk: the offsets where it began and ended, the position that is recorded now, how many events were
-# applied and how many repeated, and the (offset, reason) of each bad line.
-Chunk = collections.namedtuple("Chunk", "start end position applied repeated rejected")
+# applied and how many repeated, the (offset, reason) of each bad line, and whether events without an id were rejected
+# since the reading began.
+Chunk = collections.namedtuple("Chunk", "start end position applied repeated rejected unknown")
 
 
-def apply_chunk(sql, log, offset, unknown):
+def apply_chunk(sql, log, previous):
     """Apply the next chunk of log in the caller's transaction, which commits all of it or nothing; return a Chunk.
 
     It starts at the recorded position if the bytes before that are unchanged. Otherwise (a copy, a cut, a restored
-    backup) the log is being read again from its start: the chunk starts at offset, where the previous one ended.
-    unknown tells whether the previous chunks rejected events without an id. Then, or before the end is reached, the
-    position stays where it is, so that a log that is put right again is known again.
+    backup) the log is being read again from byte 0, and the chunk starts where the previous one ended. Then the
+    position stays where it is until the end is reached without rejecting an event that has no id, so that a log that
+    is put right again is known again.
     """
     sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [int(IDLE_SECONDS * 1000)])
     sql.execute("INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id])
     sql.execute("SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id])
     position, digest = sql.fetchone()
     unchanged = log.digest(position) == bytes(digest)
-    start = position if unchanged else offset
+    start = position if unchanged else previous.end
     with tallied(log, start, ids_only=not unchanged) as tallies:
         reports = [tally.report for tally in tallies]
         if reports:
@@ -627,29 +607,30 @@ def apply_chunk(sql, log, offset, unknown):
         applied = count_once(sql, tallies)
     end = reports[-1].end if reports else start
     rejected = [line for report in reports for line in report.rejected]
-    read_again = end >= log.end and not unknown and not any(reason == NO_ID for _, reason in rejected)
-    if end > position and (unchanged or read_again):
+    unknown = previous.unknown or any(reason == NO_ID for _, reason in rejected)
+    if end > position and (unchanged or end >= log.end and not unknown):
         position = end
         sql.execute("UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
                     [end, log.digest(end), log.log_id])
-    return Chunk(start, end, position, applied, sum(report.events for report in reports) - applied, rejected)
+    repeated = sum(report.events for report in reports) - applied
+    return Chunk(start, end, position, applied, repeated, rejected, unknown)
 
 
 @contextlib.contextmanager
 def tallied(log, start, ids_only):
     """Return a context with the tallies of the next chunk of log, from offset start on: one for each core, or one alone
-    when there is little to read."""
-    cuts = log.slices(start)
-    jobs = [(log, low, high, ids_only, KEPT_BYTES // len(cuts)) for low, high in cuts]
-    if len(jobs) <= 1:
-        yield [Tally(*job) for job in jobs]
-        return
+    when there is little to read, up to one that ended early."""
     with contextlib.ExitStack() as stack:
+        cuts = log.slices(start)
+        jobs = [(log, low, high, ids_only, KEPT_BYTES // len(cuts)) for low, high in cuts]
         tallies = [stack.enter_context(contextlib.closing(TallyInChild(*job))) for job in jobs]
-        for tally in tallies:
-            tally.receive_report()
-        ended_early = [tally.report.end < high for tally, (_, high) in zip(tallies, cuts)]
-        yield tallies[:ended_early.index(True) + 1] if True in ended_early else tallies
+        connected, end = [], start
+        for tally, (low, _) in zip(tallies, cuts):
+            if low == end:  # no slice before it ended early
+                tally.report = tally.receive()
+                connected.append(tally)
+                end = tally.report.end
+        yield connected
 
 
 def count_once(sql, tallies):
@@ -689,7 +670,7 @@ def count_once(sql, tallies):
             SELECT user_id COLLATE "C", sum(amount::numeric)
             FROM unnest(%s::json[]) AS sums, json_each_text(sums) AS new (user_id, amount) GROUP BY 1 ORDER BY 1
             ON CONFLICT (user_id) DO UPDATE SET revenue = coalesce(stored.revenue, 0) + excluded.revenue""",
-                    [[psycopg2.extensions.QuotedString(tally.sums()) for tally, _ in chosen]])
+                    [[psycopg2.extensions.QuotedString(tally.receive()) for tally, _ in chosen]])
     return sum(new.count(1) for _, new in chosen)
 
 
@@ -825,26 +806,60 @@ class Processor:
         self.paths, self.follow, self.verifying = paths or [DEFAULT_LOG], follow, verifying
         self.failed = False  # something was rejected or could not be read
         self.connection = None
-        self.applied = {}  # {file: its state when all of it was applied on this connection}
-        self.positions = {}  # {log_id: the position that the database had recorded last}
+        self.done = {}  # {file: (its state, log_id, recorded position)} of each log when all of it was applied
+        self.counts = collections.defaultdict(collections.Counter)  # {path: what came of it and was not said yet}
         self.held = {}  # {path: LogReader} of the logs that are written to, so that they are still read when renamed
         self.troubles = Troubles()
         self.failures = 0  # since something last succeeded
 
+    def run(self):
+        """Apply what is new in every log; with follow look again every second, through database outages, and never
+        return. Raise Failure or psycopg2.Error when the database does not let it.
+
+        After a deadlock, a lost connection or a child's death, try again a few times on a new connection: the
+        transaction was rolled back, or it was committed and its events will be recognised.
+        """
+        while True:
+            try:
+                found = self.run_once()
+                self.failures = 0
+                self.troubles.end("Events are not applied", "this is over.")
+                if self.follow:
+                    time.sleep(POLL_SECONDS)
+                elif not found:
+                    return
+            except (Failure, OSError, psycopg2.Error) as error:
+                self.failures += 1
+                passing = isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError, ChildDied))
+                if self.connection is None or not passing or self.failures >= ATTEMPTS:
+                    if not self.follow:
+                        raise
+                    words = f"{explain(error)} Trying again until it is mended."
+                    self.troubles.begin("Events are not applied", words)
+                if self.connection:
+                    self.connection.close()
+                time.sleep(min(0.1 * 2 ** min(self.failures, 10), MAX_BACKOFF_SECONDS))
+
     def run_once(self):
-        """Apply what is new in every log; raise Failure or psycopg2.Error when the database does not let it."""
-        self.with_retries(self.check_database)
+        """Apply what is new in every log, and return whether there was a log to look at: one that grew or that the
+        database knows less of than it did (it was restored); without follow, growing logs are read once."""
+        if self.connection is None or self.connection.closed:
+            self.connect()
+        with self.transaction() as sql:
+            sql.execute("SELECT log_id, position FROM event_logs")
+            recorded = {bytes(log_id): position for log_id, position in sql}
+        self.done = {file: done for file, done in self.done.items() if recorded.get(done[1], -1) >= done[2]}
+        found = False
         for path in self.find_logs():
             try:
-                self.apply_path(path)
+                found |= self.apply_path(path)
                 self.troubles.end(path, "is read again.")
             except OSError as error:
                 self.failed = True
                 missing = "is not there; waiting for it." if self.follow else (
                     "No such file or directory; start server.py in its directory, or name another log.")
                 self.troubles.begin(path, missing if error.errno == errno.ENOENT else f"{error.strerror}.")
-        if not self.follow and not self.with_retries(self.check_database):
-            self.run_once()
+        return found
 
     def find_logs(self):
         """Return the paths of the logs, rotated ones before the one that they were renamed from."""
@@ -861,56 +876,54 @@ class Processor:
         return list(dict.fromkeys(found))
 
     def apply_path(self, path):
-        """Apply what is new in the log at path and, before that, in the one that it led to before; raise OSError."""
+        """Apply what is new in the log at path and, before that, in the one that it led to before; return whether there
+        was anything to look at, or raise OSError."""
         log = self.held.get(path)
         if log and not leads_to(path, log.file.fileno()):
             # Renamed. find_end waits for the lock, and whoever writes next sees the renaming: what is there now is all.
-            self.applied.pop(log.state()[0], None)  # also if it has not grown: its writer may hold the lock
+            self.done.pop(log.state()[0], None)  # also if it has not grown: its writer may hold the lock
             self.apply_log(log)
             self.held.pop(path).close()
             log = None
         log = log or LogReader(path)
         if self.follow and path in self.paths:
             self.held[path] = log
-            self.apply_log(log)
-        else:
-            with contextlib.closing(log):
-                self.apply_log(log)
+            return self.apply_log(log)
+        with contextlib.closing(log):
+            return self.apply_log(log)
 
     def apply_log(self, log):
-        """Apply what is new in an open log, and say what came of it."""
+        """Apply what is new in an open log, and say what came of it; return False if there can be nothing."""
         file, state = log.state()
-        if self.follow and self.applied.get(file) == state:
-            return
+        if file in self.done and (self.done[file][0] == state or not self.follow):
+            return False
         log.find_end()
-        counts = collections.Counter()
-        self.with_retries(self.apply_chunks, log, counts)
-        self.applied[file] = state
+        position = self.apply_chunks(log)
+        self.done[file] = state, log.log_id, position
+        counts = self.counts.pop(log.path, collections.Counter())
         left = f"; {log.unfinished:,} bytes of an unfinished last line left" if log.unfinished else ""
         if not self.verifying and (not self.follow or any(counts.values())):
             say(f"{log.path}: {counts['applied']:,} applied, {counts['repeated']:,} repeated, "
                 f"{counts['rejected']:,} rejected{left}")
+        return True
 
-    def apply_chunks(self, log, counts):
-        """Apply a log chunk by chunk, from where the database knows it, and add to counts what came of it."""
-        begun, start, offset, unknown = time.monotonic(), None, 0, False
-        while start != offset < log.end:  # a chunk of no length: the file was truncated meanwhile
+    def apply_chunks(self, log):
+        """Apply a log chunk by chunk, from where the database knows it, and return the position that it records then;
+        -1 for an empty log."""
+        counts, chunk = self.counts[log.path], Chunk(None, 0, -1, 0, 0, [], False)
+        while chunk.start != chunk.end < log.end:  # a chunk of no length: the file was truncated meanwhile
             with self.transaction() as sql:
-                chunk = apply_chunk(sql, log, offset, unknown)
+                chunk = apply_chunk(sql, log, chunk)
                 show_progress("")
                 for at, reason in [] if self.verifying else chunk.rejected:
                     self.failed = True
                     warn(f"{log.path}: byte {at}: {reason}")  # before the commit: after a kill twice rather than never
-            self.positions[log.log_id] = chunk.position
             if chunk.applied:
                 self.failures = 0
-            start, offset = chunk.start, chunk.end
-            unknown |= any(reason == NO_ID for _, reason in chunk.rejected)
             counts.update(applied=chunk.applied, repeated=chunk.repeated, rejected=len(chunk.rejected))
-            events = sum(counts.values())
-            rate = events / (time.monotonic() - begun)
-            show_progress(f"{log.path}: {offset / log.end:.0%}, {events:,} events, {rate:,.0f}/s")
+            show_progress(f"{log.path}: {chunk.end / log.end:.0%}, {sum(counts.values()):,} events")
         show_progress("")
+        return chunk.position
 
     @contextlib.contextmanager
     def transaction(self):
@@ -918,35 +931,9 @@ class Processor:
         with contextlib.nullcontext() if self.verifying else self.connection, self.connection.cursor() as sql:
             yield sql
 
-    def check_database(self):
-        """Return whether the database still knows all that it knew. Otherwise it was restored or replaced, and what
-        this run remembers is void."""
-        with self.transaction() as sql:
-            sql.execute("SELECT log_id, position FROM event_logs")
-            positions = {bytes(log_id): position for log_id, position in sql}
-        known = all([positions.get(log_id, -1) >= position for log_id, position in self.positions.items()])
-        self.applied, self.positions = self.applied if known else {}, positions
-        return known
-
-    def with_retries(self, action, *arguments):
-        """Return action(*arguments), connecting first where there is no connection. After a deadlock, a lost
-        connection or a child's death, try again a few times on a new connection: the transaction was rolled back, or it
-        was committed and its events will be recognised."""
-        while True:
-            try:
-                if self.connection is None or self.connection.closed:
-                    self.connect()
-                return action(*arguments)
-            except (psycopg2.OperationalError, psycopg2.InterfaceError, ChildDied):
-                self.failures += 1
-                if self.connection is None or self.failures == ATTEMPTS or self.verifying:
-                    raise
-                self.connection.close()
-                time.sleep(0.1 * 2 ** self.failures)
-
     def connect(self):
         """Connect to the database and forget what was remembered of another one; see that its tables fit."""
-        self.applied = {}
+        self.done = {}
         self.connection = connect(connect_timeout=10)
         self.connection.set_session(isolation_level="READ COMMITTED")
         with self.transaction() as sql:
@@ -1000,21 +987,6 @@ def explain(error):
     return f"Stopped at a database error: {sentence(error)}."
 
 
-def follow(processor):
-    """Apply what is new every second, through database outages; never return."""
-    backoff = POLL_SECONDS
-    while True:
-        try:
-            processor.run_once()
-            processor.troubles.end("Events are not applied", "this is over.")
-            backoff = POLL_SECONDS
-        except (Failure, OSError, psycopg2.Error) as error:
-            processor.troubles.begin("Events are not applied", f"{explain(error)} Trying again until it is mended.")
-            processor.connection, processor.failures = None, 0
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-        time.sleep(backoff)
-
-
 def exit_on(statuses):
     """End the process at once, with the given status, when one of these signals comes. PostgreSQL then rolls back the
     open transaction. (A thread waits for them, because a Python handler does not run while libpq waits for a lock.)"""
@@ -1046,9 +1018,7 @@ def main(arguments=None):
         if options.verify:
             return 0 if verify(options.logs) else 1
         processor = Processor(options.logs, options.follow)
-        if options.follow:
-            follow(processor)
-        processor.run_once()
+        processor.run()
     except (Failure, OSError, psycopg2.Error) as error:
         warn(explain(error))
         return 1

@@ -485,6 +485,25 @@ def opened_processor(*paths, **options):
             processor.connection.close()
 
 
+def apply(*paths):
+    """Apply what is new in logs, in this process."""
+    with captured(), opened_processor(*paths) as processor:
+        processor.run()
+
+
+class Polled(Exception):
+    """A follower waits for its next poll."""
+
+
+def poll(processor):
+    """Run a follower in this process until it waits for its next poll."""
+    def sleep(seconds):
+        if seconds == data_processor.POLL_SECONDS:
+            raise Polled
+    with contextlib.suppress(Polled), unittest.mock.patch.object(data_processor.time, "sleep", sleep):
+        processor.run()
+
+
 @contextlib.contextmanager
 def opened_log(path):
     """Return a context with a server's log in this process, which is closed at its end."""
@@ -1557,17 +1576,16 @@ class ExactlyOnce(SystemTest):
             return counted
         with opened_processor(log) as processor, captured(), \
                 unittest.mock.patch.multiple(data_processor, count_once=stand_still, IDLE_SECONDS=0.2):
-            processor.run_once()
+            processor.run()
         self.assertIn("1 applied", outputs[0])
         self.assertRevenue({"user1": 1})
 
     def test_a_log_that_is_not_the_one_read_before_is_read_to_its_end_in_chunks(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 4)))
-        with opened_processor(log) as processor, captured(), \
-                unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=1, BLOCK_BYTES=150):
-            processor.run_once()
+        with unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=1, BLOCK_BYTES=150):
+            apply(log)
             log.write_text(with_id("p", 1) + "".join(with_id("q", n) for n in range(1, 6)))
-            processor.run_once()
+            apply(log)
         self.assertRevenue({"user1": 8})
 
     def test_every_chunk_of_a_changed_log_has_its_lines_without_an_id_refused(self):
@@ -1575,7 +1593,7 @@ class ExactlyOnce(SystemTest):
         for failed in (False, True, True):
             with opened_processor(log) as processor, captured(), \
                     unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=700, BLOCK_BYTES=200):
-                processor.run_once()
+                processor.run()
             self.assertEqual(processor.failed, failed)
             log.write_text("".join(with_id("p", n) for n in range(1, 11)) + 4 * (EVENT.decode() + "\n")
                            + "".join(with_id("p", n) for n in range(11, 31)))
@@ -1605,17 +1623,15 @@ class ExactlyOnce(SystemTest):
 
     def test_what_is_counted_was_synced_before(self):
         log = self.path("log", with_id("p", 1))
-        with captured() as printed, opened_processor(log, follow=True) as processor:
-            with (unittest.mock.patch.object(data_processor, "sync_file", side_effect=OSError(errno.EIO, "broken")),
-                  unittest.mock.patch.object(data_processor.time, "sleep", side_effect=AssertionError("it goes on"))):
-                self.assertRaises(SystemExit, data_processor.follow, processor)
-            self.assertIn(f"{log}: a sync failed (broken)", printed())
+        with (captured(), opened_processor(log, follow=True) as processor,
+              unittest.mock.patch.object(data_processor, "sync_file", side_effect=OSError(errno.EIO, "broken")),
+              unittest.mock.patch.object(data_processor.time, "sleep", side_effect=AssertionError("it goes on"))):
+            self.assertRaisesRegex(SystemExit, f"^{log}: a sync failed [(]broken[)]", processor.run)
         self.assertEqual((query("SELECT * FROM event_producers"), query("SELECT * FROM event_logs")), ([], []))
-        with captured(), opened_processor(log) as processor:
-            processor.run_once()
-            with unittest.mock.patch.object(data_processor, "sync_file") as sync:
-                processor.run_once()
-            sync.assert_not_called()  # nothing was new
+        apply(log)
+        with unittest.mock.patch.object(data_processor, "sync_file") as sync:
+            apply(log)
+        sync.assert_not_called()  # nothing was new
         self.assertRevenue({"user1": 1})
 
     def test_a_last_event_without_its_line_end_counts_once_however_the_log_goes_on(self):
@@ -1641,7 +1657,7 @@ class ExactlyOnce(SystemTest):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 41)))
         with (captured(), small_slices(1, CHUNK_BYTES=500), opened_processor(log) as processor,
               unittest.mock.patch.object(data_processor, "sync_file") as sync):
-            processor.run_once()
+            processor.run()
         sync.assert_called_once()
         self.assertRevenue({"user1": 40})
 
@@ -1656,7 +1672,7 @@ class ExactlyOnce(SystemTest):
         with (captured(), small_slices(1, CHUNK_BYTES=1000), opened_processor(log) as processor,
               unittest.mock.patch.object(data_processor.time, "sleep"),
               unittest.mock.patch.object(data_processor, "apply_chunk", fail_often)):
-            processor.run_once()
+            processor.run()
         self.assertGreater(next(calls), 2 * data_processor.ATTEMPTS)
         self.assertRevenue({"user1": 40})
 
@@ -1675,38 +1691,39 @@ class ExactlyOnce(SystemTest):
             return apply_chunk(*arguments)
         with (captured(), small_slices(1, CHUNK_BYTES=500), opened_processor(log) as processor,
               unittest.mock.patch.object(data_processor, "apply_chunk", replace_database)):
-            processor.run_once()
+            processor.run()
         self.assertGreater(len(chunks), 8)
         self.assertRevenue({"user1": 41})
 
     def test_which_logs_a_run_has_applied_ends_with_its_connection(self):
         log = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
         with captured(), opened_processor(log, follow=True) as processor:
-            processor.run_once()
+            poll(processor)
             log.write_text(with_id("p", 1) + with_id("q", 1))  # which moves no position
-            processor.run_once()
+            poll(processor)
             self.assertRevenue({"user1": 4})
             query("UPDATE users_revenue SET revenue = 3; DELETE FROM event_producers WHERE producer_id = 'q'")
             terminate_backends()  # the database was replaced by an older one
-            processor.run_once()
+            poll(processor)
         self.assertRevenue({"user1": 4})
 
     def test_a_run_notices_that_the_database_knows_less_than_before(self):
         logs = [self.path("log.1", with_id("p", 1)), self.path("log", with_id("p", 2))]
         with captured(), opened_processor(logs[1], follow=True) as processor:
-            processor.run_once()
+            poll(processor)
             empty_tables()  # restored, and no connection was lost
-            processor.run_once()
+            poll(processor)
         self.assertRevenue({"user1": 2})
         apply_log, restored = data_processor.Processor.apply_log, []
 
         def restore_after_first(processor, log):
-            apply_log(processor, log)
+            found = apply_log(processor, log)
             if not restored:
                 restored.append(empty_tables())
+            return found
         with (captured(), opened_processor(logs[1]) as processor,
               unittest.mock.patch.object(data_processor.Processor, "apply_log", restore_after_first)):
-            processor.run_once()
+            processor.run()
         self.assertRevenue({"user1": 2})
 
 
@@ -1724,15 +1741,9 @@ class Cores(SystemTest):
                 children = unittest.mock.Mock(side_effect=data_processor.TallyInChild)
                 with (captured(), small_slices(cores), opened_processor(log) as processor,
                       unittest.mock.patch.object(data_processor, "TallyInChild", children)):
-                    processor.run_once()
-                self.assertEqual(children.call_count, cores if cores > 1 else 0)
+                    processor.run()
+                self.assertEqual(children.call_count, cores)
                 self.assertRevenue(expected)
-
-    def test_little_to_read_is_read_without_a_child(self):
-        log = self.path("log", with_id("p", 1) * 1000)
-        with captured(), opened_processor(log) as processor, unittest.mock.patch.object(data_processor, "FORK", None):
-            processor.run_once()
-        self.assertRevenue({"user1": 1})
 
     def test_a_slice_counts_what_is_new_in_it(self):
         lines = [with_id("p", n, f"user{n % 5}", n) for n in range(1, 101)]
@@ -1748,7 +1759,7 @@ class Cores(SystemTest):
                 chance.shuffle(rest)
                 with captured(), small_slices(chance.choice([1, 2, 3])), opened_processor(
                         some, self.path("rest", with_id("other", 1, value=0) + "".join(rest))) as processor:
-                    processor.run_once()
+                    processor.run()
                 self.assertRevenue(everything)
 
     def test_a_child_that_dies_is_no_part_of_a_sum(self):
@@ -1761,7 +1772,7 @@ class Cores(SystemTest):
                     once.unlink(missing_ok=True)
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().__getattribute__(name)
-        for step, forever in itertools.product(("report", "choose", "sums", "_add"), (False, True)):
+        for step, forever in itertools.product(("report", "sums", "_add"), (False, True)):
             with self.subTest(step, forever=forever):
                 empty_tables()
                 once.touch()
@@ -1769,17 +1780,17 @@ class Cores(SystemTest):
                       unittest.mock.patch.multiple(data_processor, Tally=Dying, ATTEMPTS=2)):
                     if forever:
                         with self.assertRaisesRegex(data_processor.ChildDied, "log ended too early: out of memory"):
-                            processor.run_once()
+                            processor.run()
                     else:
-                        processor.run_once()
+                        processor.run()
                         self.assertFalse(once.exists(), "no child died")
                 self.assertRevenue({} if forever else {"user1": 100})
 
     def test_children_end_when_their_parent_is_killed(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 50_001)))
         patch = ("import time; data_processor.usable_cores = lambda: 3; data_processor.SLICE_BYTES = 1000\n"
-                 "choose = data_processor.Tally.choose\n"
-                 "data_processor.Tally.choose = lambda *arguments: (choose(*arguments), time.sleep(1))")
+                 "sums = data_processor.Tally.sums\n"
+                 "data_processor.Tally.sums = lambda *arguments: (time.sleep(1), sums(*arguments))[1]")
         arguments, environment = patched("data_processor", patch)
         processor = subprocess.Popen([sys.executable, *arguments, log], env=os.environ | environment)
         self.addCleanup(processor.wait)
@@ -1794,7 +1805,7 @@ class Cores(SystemTest):
         error = OSError(errno.EIO, "Input/output error")
         with (captured() as printed, small_slices(2), opened_processor(log) as processor,
               unittest.mock.patch.object(data_processor, "read_rows", side_effect=error)):
-            processor.run_once()
+            processor.run()
             self.assertEqual((printed(), processor.failed), (f"{log}: Input/output error.\n", True))
 
     def test_a_chunk_ends_early_rather_than_keep_too_much(self):
@@ -1821,18 +1832,16 @@ class Cores(SystemTest):
     def test_new_events_are_read_once(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
         reads = unittest.mock.Mock(side_effect=data_processor.read_rows)
-        with (captured(), opened_processor(log) as processor,
-              unittest.mock.patch.object(data_processor, "read_rows", reads)):
-            processor.run_once()
-        self.assertEqual(reads.call_count, 1)
+        with opened_reader(log) as log, unittest.mock.patch.object(data_processor, "read_rows", reads):
+            sums = data_processor.Tally(log, 0, log.end, False, 10**6).sums(b"\1" * 100)
+        self.assertEqual((sums, reads.call_count), (b'{"user1":100}', 1))
 
     def test_a_log_that_is_cut_between_its_readings_is_not_counted(self):
         path = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
         with opened_reader(path) as log:
             tally = data_processor.Tally(log, 0, log.end, False, 10**6)
             os.truncate(path, len(with_id("p", 1)))
-            tally.choose(b"\1\0\1")
-            self.assertRaisesRegex(OSError, "was changed while it was read", tally.sums)
+            self.assertRaisesRegex(OSError, "was changed while it was read", tally.sums, b"\1\0\1")
 
     def test_no_child_outlives_its_chunk(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
@@ -1845,7 +1854,7 @@ class Cores(SystemTest):
         with (captured(), small_slices(2), opened_processor(log) as processor,
               unittest.mock.patch.multiple(data_processor, Tally=Slow, ATTEMPTS=1)):
             before = set(children_of(os.getpid()))
-            self.assertRaises(data_processor.ChildDied, processor.run_once)
+            self.assertRaises(data_processor.ChildDied, processor.run)
             self.assertLessEqual(set(children_of(os.getpid())), before)
 
 
@@ -2103,7 +2112,7 @@ os.fsync = fail
         def run():
             with opened_processor(*logs) as processor:
                 try:
-                    processor.run_once()
+                    processor.run()
                     return True
                 except (data_processor.Failure, psycopg2.Error, SystemExit):
                     return False
@@ -2157,12 +2166,12 @@ os.fsync = fail
                     elif case.startswith("an event with an id"):
                         expected["user1"] += 1
                     path = self.path("log", shape)
-                    processor.run_once()
+                    processor.run()
                     self.assertRevenue(expected)
                     with opened_log(path) as log:
                         append(log, new)
                     self.assertEqual(path.read_bytes(), kept + new)
-                    processor.run_once()
+                    processor.run()
                     self.assertRevenue(expected | {"new": 1})
 
     def is_event(self, text):
@@ -2419,7 +2428,7 @@ class Events(SystemTest):
                 with (self.subTest(case), opened_processor(self.path("single", line(*event_id))) as processor,
                       captured() as printed):
                     empty_tables()
-                    processor.run_once()
+                    processor.run()
                     self.assertIn(counts, printed())
         empty_tables()
         lines = [line(*event_id) for cases in (invalid, valid) for event_id in cases.values()]
@@ -4150,7 +4159,7 @@ class Following(SystemTest):
         with (captured() as printed, opened_processor(log, follow=True) as processor,
               unittest.mock.patch.multiple(data_processor, connect=connect_later),
               unittest.mock.patch.object(data_processor.time, "sleep", side_effect=3 * [None] + [SystemExit])):
-            self.assertRaises(SystemExit, data_processor.follow, processor)
+            self.assertRaises(SystemExit, processor.run)
             lines = printed().splitlines()
         self.assertRegex(lines[0], "^Events are not applied: No database: down. Start PostgreSQL, "
                                    ".*Trying again until it is mended.$")
@@ -4174,25 +4183,25 @@ class Following(SystemTest):
         with (captured(), opened_processor(log, follow=True) as processor,
               unittest.mock.patch.object(data_processor, "apply_chunk", apply_later),
               unittest.mock.patch.object(data_processor.time, "sleep", pause)):
-            self.assertRaises(SystemExit, data_processor.follow, processor)
+            self.assertRaises(SystemExit, processor.run)
         self.assertLessEqual(max(pauses), data_processor.MAX_BACKOFF_SECONDS)
         self.assertRevenue({"user1": 1})
 
     def test_follow_reads_nothing_of_a_log_that_has_not_grown(self):
         with captured(), opened_processor(self.path("log", with_id("p", 1)), follow=True) as processor:
-            processor.run_once()
+            poll(processor)
             with unittest.mock.patch.object(data_processor, "apply_chunk") as apply_chunk:
-                processor.run_once()
+                poll(processor)
         apply_chunk.assert_not_called()
 
     def test_a_log_that_was_renamed_is_closed(self):
         log = self.path("log", with_id("p", 1))
         with captured(), opened_processor(log, follow=True) as processor:
-            processor.run_once()
+            poll(processor)
             renamed = processor.held[str(log)]
             log.rename(self.path("renamed"))
             self.path("log", with_id("p", 2))
-            processor.run_once()
+            poll(processor)
         self.assertTrue(renamed.file.closed)
         self.assertRevenue({"user1": 2})
 
@@ -4209,11 +4218,11 @@ class Following(SystemTest):
         self.path("archive").mkdir()
         path = self.path("log", with_id("p", 1))
         with captured(), opened_processor(path, follow=True) as processor, open(path, "ab", buffering=0) as writer:
-            processor.run_once()
+            poll(processor)
             fcntl.flock(writer, fcntl.LOCK_EX)
             path.rename(self.path("archive/old"))
             self.path("log", with_id("q", 1))
-            run = threading.Thread(target=processor.run_once)
+            run = threading.Thread(target=poll, args=[processor])
             run.start()
             time.sleep(0.3)  # it waits for the lock
             writer.write(with_id("p", 2).encode())
@@ -4300,7 +4309,7 @@ class Audit(SystemTest):
         pooled.__enter__, pooled.__exit__ = (lambda _: shared.__enter__()), (lambda _, *error: shared.__exit__(*error))
         pooled.close = shared.rollback  # what a pooler does at the end of a transaction
         with contextlib.closing(shared), shared.cursor() as sql, captured():
-            for run in (lambda paths: data_processor.Processor(paths).run_once(), data_processor.verify):
+            for run in (lambda paths: data_processor.Processor(paths).run(), data_processor.verify):
                 for statement in (settings, tables):
                     sql.execute(statement)
                     before = sql.fetchall()
