@@ -1,12 +1,17 @@
-"""Apply what is new in the server's logs to each user's revenue in PostgreSQL.
+"""Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit.
 
-Every event counts exactly once, whatever is killed, run again, run twice at once, copied, cut or rotated in between:
-one transaction adds revenue and the ids of the events that it came from. apply_chunk and count_once are that
-transaction; they are the place to start reading.
+Every event counts exactly once, whatever is killed, run again, run twice at once, copied, cut or rotated in between.
 
-The parts in order: what is printed; an event (its grammar, its rules, its stamp); files; a log and its reader; the
-tally of a slice; exactly once; the database; the run. server.py imports what both scripts must agree on.
+Example: python data_processor.py server-events.jsonl
+
+The database is the one that DATABASE_URL or libpq's variables (PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE) name;
+without any of them localhost:5432, database postgres, user postgres, password password1!.
 """
+# One transaction adds revenue and the ids of the events that it came from: apply_chunk and count_once are that
+# transaction, and the place to start reading.
+#
+# The parts in order: what is printed; an event (its grammar, its rules, its stamp); files; a log and its reader; the
+# tally of a slice; exactly once; the database; the run. server.py imports what both scripts must agree on.
 import argparse
 import collections
 import contextlib
@@ -27,7 +32,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from decimal import Decimal
 from pathlib import Path
 
@@ -51,8 +55,7 @@ COMPRESSED = (*DECOMPRESSORS, ".zst", ".lz4", ".Z")
 MAX_EVENT_BYTES = 64 * 1024
 MAX_DEPTH = 100  # far below where json itself gives up, which differs by version and stack: all must agree
 MAX_SEQUENCE = 2**53 - 1
-VALUE_LIMIT = 10**18
-VALUE_DIGITS = 18
+VALUE_DIGITS = 18  # before the decimal point, and as many behind it
 
 BLOCK_BYTES = 256 * 1024  # read and decoded at a time
 CHUNK_BYTES = 128 * 1024 * 1024  # one transaction: large, because each one updates every user in it once
@@ -66,7 +69,6 @@ IDLE_SECONDS = 60  # PostgreSQL ends a transaction idle for so long: a vanished 
 ATTEMPTS = 6  # without any progress, 0.2 to 3.2 s apart: a PostgreSQL that restarts is back by then
 POLL_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
-TABLES_LOCK = 0x65766E74  # an advisory lock's key; "evnt"
 
 # An amount has at most 18 + 18 digits; 100 hold the sum of 10**64 of them. If one still does not fit, Inexact raises.
 EXACT = decimal.Context(prec=100, traps=[decimal.InvalidOperation, decimal.Overflow, decimal.Inexact])
@@ -82,26 +84,23 @@ class ChildDied(Failure):
 
 # ---- What is printed ------------------------------------------------------------------------------------------------
 
-def write(stream, text):
-    """Write text to sys.stdout or sys.stderr at once, as well as the stream can: it may be closed, full or broken, or
-    its encoding may lack a character. Nothing stays in a buffer that could fail at exit or be printed by a child."""
+def write(stream, words, form="{}\n"):
+    """Write words to sys.stdout or sys.stderr at once, with a backslash escape for what a terminal could obey or not
+    show. The stream may be closed, full or broken, or its encoding may lack a character: nothing is raised,
+    and nothing stays in a buffer that could fail at exit or be printed by a child."""
+    words = "".join([character if character.isprintable() else ascii(character)[1:-1] for character in words])
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.write(stream.fileno(), text.encode(stream.encoding, "backslashreplace"))
-
-
-def printable(words):
-    """Return words with a backslash escape for every character that a terminal could obey or not show."""
-    return "".join([character if character.isprintable() else ascii(character)[1:-1] for character in words])
+        os.write(stream.fileno(), form.format(words).encode(stream.encoding, "backslashreplace"))
 
 
 def say(words):
     """Print a line to stdout."""
-    write(sys.stdout, printable(words) + "\n")
+    write(sys.stdout, words)
 
 
 def warn(words):
     """Print a line to stderr."""
-    write(sys.stderr, printable(words) + "\n")
+    write(sys.stderr, words)
 
 
 class Troubles:
@@ -125,7 +124,7 @@ class Troubles:
 def show_progress(words):
     """Show words in place of the last ones, if stderr is a terminal, where "" only removes them."""
     if sys.stderr and sys.stderr.isatty():
-        write(sys.stderr, f"\r{printable(words)}\033[K")
+        write(sys.stderr, words, "\r{}\033[K")
 
 
 # ---- An event -------------------------------------------------------------------------------------------------------
@@ -197,11 +196,7 @@ def decode_log_line(line):
     return user, b"add", amount, producer.encode(), b"%d" % sequence, b""
 
 
-def _refuse_constant(text):
-    raise ValueError(text)
-
-
-_decode_json = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant).decode
+_decode_json = json.JSONDecoder(parse_float=Decimal, parse_constant=int).decode  # int() refuses NaN and Infinity
 
 
 def decode_event(line):
@@ -448,9 +443,9 @@ class Tally:
         behind, deadline = start, time.monotonic() + CHUNK_SECONDS
         for offset, block, behind in log.blocks(start, end):
             users = len(self._sums)
-            for line, rows in read_rows(block, offset, ids_only, rejected):
-                add_spans(spans, rows, offset + line, lines + line)
-                self._add(rows, b"add")
+            numbers, rows = read_rows(block, offset, ids_only, rejected)
+            add_spans(spans, numbers, rows, offset, lines)
+            self._add(rows, b"add")
             lines += block.count(b"\n")
             user_bytes += sum(map(len, itertools.islice(reversed(self._sums), len(self._sums) - users)))
             kept = user_bytes + SUM_BYTES * len(self._sums) + SPAN_BYTES * (len(spans) + len(rejected))
@@ -480,8 +475,8 @@ class Tally:
             others = new[at:at + len(lines)].translate(b"\1\0" + bytes(254))
             at += len(lines)
             block = b"".join([line + b"\n" for line in itertools.compress(lines, others)])
-            for _, rows in read_rows(block, offset, self._ids_only, []):
-                self._add(rows, b"subtract")
+            _, rows = read_rows(block, offset, self._ids_only, [])
+            self._add(rows, b"subtract")
         if at not in (0, len(new)):
             raise OSError(errno.ESTALE, "was changed while it was read", self._log.path)
         return b"{%b}" % b",".join([b'"%b":%b' % (user, str(amount).encode())
@@ -497,10 +492,8 @@ class TallyInChild:
         self._path = arguments[0].path
         self._pipe, theirs = FORK.Pipe()
         self._child = FORK.Process(target=self._serve, args=(theirs, arguments), daemon=True)
-        with theirs, warnings.catch_warnings():
-            # Python 3.12 warns of forking beside a thread. The only other one waits for a signal and holds no lock.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._child.start()
+        with theirs:
+            self._child.start()  # beside a thread that waits for a signal and holds no lock
 
     def _serve(self, pipe, arguments):
         self._pipe.close()
@@ -536,45 +529,40 @@ class TallyInChild:
 
 
 def read_rows(block, offset, ids_only, rejected):
-    """Yield (line, rows) for block, whole lines at offset of a log: rows, as LOG_LINE finds them, are the events of
-    neighbouring lines, of which line is the first one's number. Add the bad lines to rejected."""
+    """Return the numbers and the rows of the lines of block that are events, and add the bad lines to rejected. block
+    is whole lines at offset of a log, a row is what LOG_LINE finds in a line."""
     rows = (LOG_LINE.findall(block) if is_utf8(block) else
             [(b"", b"", b"", b"", b"", line) for line in block[:-1].split(b"\n")])
     if all([row[3 if ids_only else 0] for row in rows]):  # a line with an id is plain, too
-        yield 0, rows
-        return
-    good = []
+        return range(len(rows)), rows
+    good = {}
     offsets = itertools.accumulate([len(line) + 1 for line in block.split(b"\n")], initial=offset)
-    for line, (at, row) in enumerate(zip(offsets, [*rows, None])):
+    for number, (at, row) in enumerate(zip(offsets, rows)):
         try:
-            if row and not row[0]:
-                row = decode_log_line(row[5]) if row[5].strip() else None
-            if row and ids_only and not row[3]:
+            if row[5].strip():
+                row = decode_log_line(row[5])
+            if row[0] and ids_only and not row[3]:
                 raise ValueError(NO_ID)
         except ValueError as error:
             rejected.append((at, str(error)))
-            row = None
-        if row:
-            good.append(row)
-        elif good:
-            yield line - len(good), good
-            good = []
-
-
-def add_spans(spans, rows, number, line):
-    """Add the ids of rows to spans; line is the first one's number in the slice.
-
-    An event without an id gets one that no other has in this chunk: no producer, and number for the first."""
-    # Neighbours belong to one span when they have one producer and their sequences ascend as their lines do.
-    keys = [(row[3], int(row[4] or number + i) - i) for i, row in enumerate(rows)]
-    at = 0
-    for (producer, base), group in itertools.groupby(keys):
-        producer, first, count = producer.decode(), base + at, len(list(group))
-        last = spans[-1] if spans else (None, 0, 0, 0)
-        if last[::2] == (producer, first) and line + at - last[3] == first - last[1]:
-            spans[-1] = (producer, last[1], first + count, last[3])
         else:
-            spans.append((producer, first, first + count, line + at))
+            if row[0]:
+                good[number] = row
+    return list(good), list(good.values())
+
+
+def add_spans(spans, numbers, rows, offset, lines):
+    """Add to spans the ids of rows, whose lines have these numbers in a block at offset, behind lines of the slice.
+
+    An event without an id gets one that no other has in this chunk: no producer, and a number that grows with offset.
+    """
+    # Neighbours belong to one span when they have one producer and their sequences ascend as their lines do.
+    keys = [(row[3], int(row[4] or offset + number) - i, number - i)
+            for i, (number, row) in enumerate(zip(numbers, rows))]
+    at = 0
+    for (producer, base, skipped), group in itertools.groupby(keys):
+        count = len(list(group))
+        spans.append((producer.decode(), base + at, base + at + count, lines + skipped + at))
         at += count
 
 
@@ -708,20 +696,20 @@ def connect(**defaults):
     """Return a psycopg2 connection to the database that the environment names. defaults are libpq's parameters where it
     says nothing. Raise Failure when DATABASE_URL makes no sense, or psycopg2.OperationalError."""
     url = os.environ.get("DATABASE_URL", "")
-    said = _check_url(url) | ({"connect_timeout": ""} if os.environ.get("PGCONNECT_TIMEOUT") else {})
     # A host that vanished is noticed after a minute; by default it takes two hours.
-    defaults = {"fallback_application_name": Path(sys.argv[0]).name, "keepalives_idle": 30, "keepalives_interval": 10,
-                "keepalives_count": 3} | defaults
+    defaults |= {"fallback_application_name": Path(sys.argv[0]).name, "keepalives_idle": 30, "keepalives_interval": 10,
+                 "keepalives_count": 3}
     if not url and not any(map(os.environ.get, ("PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"))):
         defaults |= {"host": "localhost", "dbname": "postgres", "user": "postgres"}
         passwords = os.environ.get("PGPASSFILE") or os.path.expanduser("~/.pgpass")
         if not os.environ.get("PGPASSWORD") and not os.path.exists(passwords):
             defaults["password"] = "password1!"
-    options = {parameter: value for parameter, value in defaults.items() if parameter not in said}
-    return psycopg2.connect(url, client_encoding="UTF8", **options)
+    if os.environ.get("PGCONNECT_TIMEOUT"):
+        defaults.pop("connect_timeout", None)
+    return psycopg2.connect(**(defaults | _parse_url(url) | {"client_encoding": "UTF8"}))
 
 
-def _check_url(url):
+def _parse_url(url):
     """Return the parts of DATABASE_URL, or raise Failure, without quoting any of it: where a URL is malformed, any part
     of it may be a part of the password."""
     try:
@@ -747,17 +735,18 @@ def sentence(error):
 def prepare_tables(sql, create=True):
     """Create the tables that are missing, in the schema where users_revenue is; raise Failure when the database or
     users_revenue does not fit."""
-    sql.execute("SELECT current_setting('server_encoding'), current_database()")
-    encoding, database = sql.fetchone()
+    sql.execute("""
+        SELECT current_setting('server_encoding'), current_database(),
+            to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')""")
+    encoding, database, *tables = sql.fetchone()
     if encoding != "UTF8":
         raise Failure(f"The database {database} is encoded in {encoding}; create one with: "
                       "createdb --encoding=UTF8 --template=template0 NAME, and set PGDATABASE to its name.")
-    sql.execute("SELECT to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')")
-    if None in sql.fetchone():
+    if None in tables:
         if not create:
             raise Failure("The tables do not exist yet; run data_processor.py without --verify first.")
         # Two processors that create the same table at once collide, even with IF NOT EXISTS.
-        sql.execute("SELECT pg_advisory_xact_lock(%s)", [TABLES_LOCK])
+        sql.execute("SELECT pg_advisory_xact_lock(hashtext('create_table.sql'))")
         sql.execute("""
             SELECT set_config('search_path', quote_ident(nspname), true)
             FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
@@ -803,7 +792,7 @@ class Processor:
     """Runs over some logs and their rotated siblings. What it remembers of a database ends with its connection."""
 
     def __init__(self, paths, follow=False, verifying=False):
-        self.paths, self.follow, self.verifying = paths or [DEFAULT_LOG], follow, verifying
+        self.paths, self.follow, self.verifying = paths, follow, verifying
         self.failed = False  # something was rejected or could not be read
         self.connection = None
         self.done = {}  # {file: (its state, log_id, recorded position)} of each log when all of it was applied
@@ -856,9 +845,8 @@ class Processor:
                 self.troubles.end(path, "is read again.")
             except OSError as error:
                 self.failed = True
-                missing = "is not there; waiting for it." if self.follow else (
-                    "No such file or directory; start server.py in its directory, or name another log.")
-                self.troubles.begin(path, missing if error.errno == errno.ENOENT else f"{error.strerror}.")
+                advice = "; start server.py in its directory, or name another log" * (error.errno == errno.ENOENT)
+                self.troubles.begin(path, f"{error.strerror}{advice}.")
         return found
 
     def find_logs(self):
@@ -960,12 +948,12 @@ def verify(paths):
         sql.execute("SELECT %s::regclass::text, count(*) FROM users_revenue", real)
         real, users = sql.fetchone()  # with its schema, because it is hidden now
         sql.execute(f"""
-            SELECT user_id, stored.revenue, logged.revenue, coalesce(stored.revenue, 0) - coalesce(logged.revenue, 0)
-            FROM {real} AS stored FULL JOIN users_revenue AS logged USING (user_id)
-            WHERE coalesce(stored.revenue, 0) <> coalesce(logged.revenue, 0) ORDER BY user_id""")
-        for user, stored, logged, difference in sql:
-            say(f"{user}: {stored or Decimal():f} in users_revenue, {logged or Decimal():f} in the logs, "
-                f"difference {difference:f}")
+            SELECT user_id, stored, logged, stored - logged
+            FROM (SELECT user_id, coalesce(stored.revenue, 0) AS stored, coalesce(logged.revenue, 0) AS logged
+                  FROM {real} AS stored FULL JOIN users_revenue AS logged USING (user_id)) AS compared
+            WHERE stored <> logged ORDER BY user_id""")
+        for row in sql:
+            say("{}: {:f} in users_revenue, {:f} in the logs, difference {:f}".format(*row))
         if sql.rowcount:
             say(f"{sql.rowcount:,} users differ. Revenue from before these logs is a difference, and so are events "
                 "that are not applied yet: run data_processor.py first, and name every log.")
@@ -981,9 +969,8 @@ def explain(error):
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}."
     if isinstance(error, psycopg2.OperationalError) and not error.pgcode:
-        advice = "Check" if "FATAL" in str(error) else "Start PostgreSQL, or name another one with"  # or it is there
-        return (f"No database: {sentence(error)}. {advice} DATABASE_URL or PGHOST, PGPORT, PGUSER, PGPASSWORD and "
-                "PGDATABASE.")
+        return (f"No database: {sentence(error)}. Start PostgreSQL, or correct DATABASE_URL or PGHOST, PGPORT, PGUSER, "
+                "PGPASSWORD and PGDATABASE.")
     return f"Stopped at a database error: {sentence(error)}."
 
 
@@ -996,17 +983,12 @@ def exit_on(statuses):
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = argparse.ArgumentParser(
-        description="Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit.",
-        epilog="Example: python data_processor.py server-events.jsonl. The database is the one that DATABASE_URL or "
-               "libpq's variables (PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE) name; without any of them "
-               "localhost:5432, database postgres, user postgres, password password1!.")
-    parser.add_argument("logs", metavar="LOG", nargs="*", help="logs to read, each with its rotated siblings LOG.1, "
-                        f"LOG-20261124, ... (default: {DEFAULT_LOG})")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", metavar="LOG", nargs="*", default=[DEFAULT_LOG],
+                        help=f"each with its rotated siblings LOG.1, LOG-20261124, ... (default: {DEFAULT_LOG})")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--follow", action="store_true", help="look for new events every second until interrupted")
-    mode.add_argument("--verify", action="store_true",
-                      help="change nothing; compare the sums over the logs with the database")
+    mode.add_argument("--verify", action="store_true", help="change nothing; compare the database with the logs")
     return parser.parse_args(arguments)
 
 
@@ -1019,10 +1001,10 @@ def main(arguments=None):
             return 0 if verify(options.logs) else 1
         processor = Processor(options.logs, options.follow)
         processor.run()
+        return 1 if processor.failed else 0
     except (Failure, OSError, psycopg2.Error) as error:
         warn(explain(error))
         return 1
-    return 1 if processor.failed else 0
 
 
 if __name__ == "__main__":
