@@ -17,6 +17,7 @@ import collections
 import contextlib
 import decimal
 import errno
+import glob
 import hashlib
 import importlib
 import itertools
@@ -39,13 +40,11 @@ if sys.version_info < (3, 11):
     sys.exit("This program needs Python 3.11 or newer.")
 try:
     import fcntl
-except ImportError:
-    sys.exit("This program needs Linux or macOS; on Windows, run it in WSL.")
-try:
     import psycopg2
     import psycopg2.extensions
-except ImportError:
-    sys.exit("The PostgreSQL driver is missing; install it with: python -m pip install -r requirements.txt")
+except ImportError as error:
+    sys.exit(f"{error}. This program needs Linux or macOS (on Windows, WSL) and the PostgreSQL driver; install that with: "
+             "python -m pip install -r requirements.txt")
 
 DEFAULT_LOG = "server-events.jsonl"
 TABLES = Path(__file__).resolve().with_name("create_table.sql")
@@ -306,11 +305,9 @@ def end_of_events(fd, size):
 
 def rotated_logs(path):
     """Return the paths of the files that rotation made of the log at path: its name, a dot or a hyphen, a digit, …"""
-    directory, name = os.path.split(path)
+    beside = glob.glob(glob.escape(path) + "[.-][0-9]*")
     # client.py leaves files with .delivery and .rejected in their names beside a rotated log that it sends.
-    rotated = re.compile(re.escape(name) + r"[.-][0-9](?!.*\.(?:delivery|rejected)).*", re.DOTALL)
-    entries = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
-    return sorted([os.path.join(directory, entry) for entry in entries if rotated.fullmatch(entry)])
+    return sorted([other for other in beside if not re.search(r"\.(?:delivery|rejected)", other[len(path):])])
 
 
 def decompress(file, suffix):
@@ -385,10 +382,9 @@ class LogReader:
         return os.pread(self.content.fileno(), length, offset)
 
     def digest(self, position):
-        """Return the SHA-256 of the up to DIGEST_BYTES before position, or None when the file is shorter."""
+        """Return the SHA-256 of the up to DIGEST_BYTES before position."""
         start = max(0, position - DIGEST_BYTES)
-        data = self.read(start, position - start)
-        return hashlib.sha256(data).digest() if len(data) == position - start else None
+        return hashlib.sha256(self.read(start, position - start)).digest()
 
     def slices(self, start):
         """Return pairs of offsets that cut up to CHUNK_BYTES from start on into whole lines: one for each core, or one
