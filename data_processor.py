@@ -553,12 +553,12 @@ def add_spans(spans, numbers, rows, offset, lines):
     An event without an id gets one that no other has in this chunk: no producer, and a number that grows with offset.
     """
     # Neighbours belong to one span when they have one producer and their sequences ascend as their lines do.
-    keys = [(row[3], int(row[4] or offset + number) - i, number - i)
-            for i, (number, row) in enumerate(zip(numbers, rows))]
+    keys = [(row[3], int(row[4] or offset + number) - number, number - i)
+            for i, number, row in zip(itertools.count(), numbers, rows)]
     at = 0
     for (producer, base, skipped), group in itertools.groupby(keys):
-        count = len(list(group))
-        spans.append((producer.decode(), base + at, base + at + count, lines + skipped + at))
+        number, count = skipped + at, len(list(group))
+        spans.append((producer.decode(), base + number, base + number + count, lines + number))
         at += count
 
 
