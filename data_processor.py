@@ -43,8 +43,8 @@ try:
     import psycopg2
     import psycopg2.extensions
 except ImportError as error:
-    sys.exit(f"{error}. This program needs Linux or macOS (on Windows, WSL) and the PostgreSQL driver; install that with: "
-             "python -m pip install -r requirements.txt")
+    sys.exit(f"{error}. This program needs Linux or macOS (on Windows, WSL) and the PostgreSQL driver; install that "
+             "with: python -m pip install -r requirements.txt")
 
 DEFAULT_LOG = "server-events.jsonl"
 TABLES = Path(__file__).resolve().with_name("create_table.sql")
@@ -335,13 +335,11 @@ class LogReader:
     """A log that is open for reading: end is the offset where its events end, unfinished the bytes after that."""
 
     def __init__(self, path):
-        """Open the log at path, decompressing it if its name says that it is compressed, or raise OSError."""
+        """Open the log at path, or raise OSError."""
         self.path = path
         self.file = self.content = open(open_regular(path, os.O_RDONLY), "rb", buffering=0)
         self.log_id = None
         self.end = self.unfinished = self._synced = 0
-        if (suffix := os.path.splitext(path)[1]) in COMPRESSED:
-            self.content = decompress(self.file, suffix)
 
     def close(self):
         """Close the log."""
@@ -354,7 +352,11 @@ class LogReader:
         return (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
 
     def find_end(self):
-        """Set end and unfinished. The lock keeps out a server that may take back what it is writing."""
+        """Set end, unfinished and log_id, or raise OSError. A log whose name says that it is compressed is decompressed
+        first. The lock keeps out a server that may take back what it is writing."""
+        suffix = os.path.splitext(self.path)[1]
+        if suffix in COMPRESSED and self.content is self.file:
+            self.content = decompress(self.file, suffix)
         fd = self.content.fileno()
         fcntl.flock(fd, fcntl.LOCK_SH)
         try:

@@ -1137,7 +1137,7 @@ class Pipeline(SystemTest):
         log = self.path("log", EVENT + b"\n")
         parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
         nowhere = {"host": "127.0.0.1", "hostaddr": "127.0.0.1", "port": free_port()}
-        cases = {"a missing database": ({"dbname": "missing"}, "does not exist. Start PostgreSQL, or correct DATABASE_URL"),
+        cases = {"a missing database": ({"dbname": "missing"}, "exist. Start PostgreSQL, or correct DATABASE_URL"),
                  "a port where nothing listens": (nowhere, "refused. Start PostgreSQL"),
                  "an unknown user": ({"user": "nobody-such"}, "No database")}
         if parts.get("password"):
@@ -1326,9 +1326,22 @@ class Pipeline(SystemTest):
                 self.assertIn(f"{log}: cannot be decompressed", self.processor(log, status=1)[1])
         log, named = self.path("other", with_id("q", 1)), self.path("other.1.gz", gzip.compress(content))
         self.assertEqual(self.processor(log, named)[1], "", "it is not said to be left alone")
-        for name, words in (("log.zst", "cannot be decompressed: No module named 'zst'"), ("plain.gz", "cannot be decompressed")):
+        for name, words in (("log.zst", ": No module named 'zst'"), ("plain.gz", ": Not a gzipped file")):
             with self.subTest(name):
-                self.assertIn(words, self.processor(self.path(name, EVENT + b"\n"), status=1)[1])
+                output, errors = self.processor(self.path(name, EVENT + b"\n"), status=1)
+                self.assertIn("cannot be decompressed" + words, errors)
+
+    def test_a_compressed_log_is_decompressed_once(self):
+        log = self.path("log.gz", gzip.compress(with_id("p", 1).encode()))
+        decompress = unittest.mock.Mock(side_effect=data_processor.decompress)
+        with unittest.mock.patch.object(data_processor, "decompress", decompress):
+            apply(log)
+            self.assertEqual(decompress.call_count, 1)
+            with captured(), opened_processor(log, follow=True) as processor:
+                poll(processor)
+                poll(processor)
+            self.assertEqual(decompress.call_count, 2)
+        self.assertRevenue({"user1": 1})
 
 
 # ---- Exactly once ---------------------------------------------------------------------------------------------------
