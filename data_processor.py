@@ -764,24 +764,24 @@ def check_users_revenue(sql):
     sql.execute("""
         SELECT attname, format_type(atttypid, atttypmod), collisdeterministic IS NOT false,
             EXISTS (SELECT FROM pg_index WHERE indrelid = attrelid AND indkey[0] = attnum AND indnkeyatts = 1
-                    AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL)
+                    AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL),
+            (SELECT min(format('DROP CONSTRAINT %I, ', conname)) FROM pg_constraint
+             WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND condeferrable)
         FROM pg_attribute LEFT JOIN pg_collation ON pg_collation.oid = attcollation
         WHERE attrelid = 'users_revenue'::regclass AND NOT attisdropped""")
     columns = {name: rest for name, *rest in sql}
     revenue, *_ = columns.get("revenue", [""])
-    user, exact, unique = columns.get("user_id", ["", True, True])
+    user, exact, unique, deferrable = columns.get("user_id", ["", True, True, None])
     length = re.fullmatch(r"text|character varying(?:\(([0-9]+)\))?", user)
-    for fits, fault, statement in (
-            (revenue, "has no column revenue", "ADD COLUMN revenue numeric NOT NULL DEFAULT 0"),
-            (revenue == "numeric", f"keeps revenue as {revenue}, which cannot hold every sum exactly",
-             "ALTER COLUMN revenue TYPE numeric USING revenue::numeric"),
-            (user, "has no column user_id", 'ADD COLUMN user_id text COLLATE "C" UNIQUE'),
-            (exact and length and int(length[1] or 255) >= 255,
-             f"keeps user_id as {user}, which cannot hold every user or tell all of them apart",
-             'ALTER COLUMN user_id TYPE text COLLATE "C"'),
-            (unique, "has no unique key on user_id", "ADD UNIQUE (user_id)")):
+    for fits, statement in (
+            (revenue, "ADD COLUMN revenue numeric NOT NULL DEFAULT 0"),
+            (revenue == "numeric", "ALTER COLUMN revenue TYPE numeric USING revenue::numeric"),
+            (user, 'ADD COLUMN user_id text COLLATE "C" UNIQUE'),
+            (exact and length and int(length[1] or 255) >= 255, 'ALTER COLUMN user_id TYPE text COLLATE "C"'),
+            (unique and not deferrable, f"{deferrable or ''}ADD UNIQUE (user_id)")):  # ON CONFLICT wants it so
         if not fits:
-            raise Failure(f"users_revenue {fault}; mend it with: ALTER TABLE users_revenue {statement}")
+            raise Failure("users_revenue cannot hold each user's revenue once and exactly; mend it with: "
+                          f"ALTER TABLE users_revenue {statement}")
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
