@@ -83,13 +83,18 @@ class ChildDied(Failure):
 
 # ---- What is printed ------------------------------------------------------------------------------------------------
 
-def write(stream, words, form="{}\n"):
+def write(stream, words, end="\n"):
     """Write words to sys.stdout or sys.stderr at once, with a backslash escape for what a terminal could obey or not
-    show. The stream may be closed, full or broken, or its encoding may lack a character: nothing is raised,
-    and nothing stays in a buffer that could fail at exit or be printed by a child."""
+    show. Words without an end show progress: on a terminal the next ones take their place, elsewhere they are left out.
+
+    The stream may be closed, full or broken, or its encoding may lack a character: nothing is raised, and nothing stays
+    in a buffer that could fail at exit or be printed by a child.
+    """
     words = "".join([character if character.isprintable() else ascii(character)[1:-1] for character in words])
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.write(stream.fileno(), form.format(words).encode(stream.encoding, "backslashreplace"))
+        terminal = stream.isatty()
+        if terminal or end:
+            os.write(stream.fileno(), ("\r\033[K" * terminal + words + end).encode(stream.encoding, "backslashreplace"))
 
 
 def say(words):
@@ -118,12 +123,6 @@ class Troubles:
         """Say that nothing is wrong with subject any more, if something was."""
         if self._subjects.pop(subject, None):
             warn(f"{subject}: {words}")
-
-
-def show_progress(words):
-    """Show words in place of the last ones, if stderr is a terminal, where "" only removes them."""
-    if sys.stderr and sys.stderr.isatty():
-        write(sys.stderr, words, "\r{}\033[K")
 
 
 # ---- An event -------------------------------------------------------------------------------------------------------
@@ -900,15 +899,14 @@ class Processor:
         while chunk.start != chunk.end < log.end:  # a chunk of no length: the file was truncated meanwhile
             with self.transaction() as sql:
                 chunk = apply_chunk(sql, log, chunk)
-                show_progress("")
                 for at, reason in [] if self.verifying else chunk.rejected:
                     self.failed = True
                     warn(f"{log.path}: byte {at}: {reason}")  # before the commit: after a kill twice rather than never
             if chunk.applied:
                 self.failures = 0
             counts.update(applied=chunk.applied, repeated=chunk.repeated, rejected=len(chunk.rejected))
-            show_progress(f"{log.path}: {chunk.end / log.end:.0%}, {sum(counts.values()):,} events")
-        show_progress("")
+            write(sys.stderr, f"{log.path}: {chunk.end / log.end:.0%}, {sum(counts.values()):,} events", end="")
+        write(sys.stderr, "", end="")
         return chunk.position
 
     @contextlib.contextmanager
