@@ -282,10 +282,9 @@ def sync_file(fd):
 
 def leads_to(path, fd):
     """Tell whether path still leads to the open file fd, which was neither renamed nor removed."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def end_of_events(fd, size):
@@ -878,23 +877,12 @@ class Processor:
             return self.apply_log(log)
 
     def apply_log(self, log):
-        """Apply what is new in an open log, and say what came of it; return False if there can be nothing."""
+        """Apply an open log chunk by chunk, from where the database knows it, and say what came of it; return False if
+        nothing in it can be new."""
         file, state = log.state()
         if file in self.done and (self.done[file][0] == state or not self.follow):
             return False
         log.find_end()
-        position = self.apply_chunks(log)
-        self.done[file] = state, log.log_id, position
-        counts = self.counts.pop(log.path, collections.Counter())
-        left = f"; {log.unfinished:,} bytes of an unfinished last line left" if log.unfinished else ""
-        if not self.verifying and (not self.follow or any(counts.values())):
-            say(f"{log.path}: {counts['applied']:,} applied, {counts['repeated']:,} repeated, "
-                f"{counts['rejected']:,} rejected{left}")
-        return True
-
-    def apply_chunks(self, log):
-        """Apply a log chunk by chunk, from where the database knows it, and return the position that it records then;
-        -1 for an empty log."""
         counts, chunk = self.counts[log.path], Chunk(None, 0, -1, 0, 0, [], False)
         while chunk.start != chunk.end < log.end:  # a chunk of no length: the file was truncated meanwhile
             with self.transaction() as sql:
@@ -907,7 +895,13 @@ class Processor:
             counts.update(applied=chunk.applied, repeated=chunk.repeated, rejected=len(chunk.rejected))
             write(sys.stderr, f"{log.path}: {chunk.end / log.end:.0%}, {sum(counts.values()):,} events", end="")
         write(sys.stderr, "", end="")
-        return chunk.position
+        self.done[file] = state, log.log_id, chunk.position
+        del self.counts[log.path]
+        left = f"; {log.unfinished:,} bytes of an unfinished last line left" if log.unfinished else ""
+        if not self.verifying and (not self.follow or any(counts.values())):
+            say(f"{log.path}: {counts['applied']:,} applied, {counts['repeated']:,} repeated, "
+                f"{counts['rejected']:,} rejected{left}")
+        return True
 
     @contextlib.contextmanager
     def transaction(self):
