@@ -10,6 +10,9 @@ without any of them localhost:5432, database postgres, user postgres, password p
 # One transaction adds revenue and the ids of the events that it came from: apply_chunk and count_once are that
 # transaction, and the place to start reading.
 #
+# A log is read in chunks, a transaction each; a chunk in slices, a child process each, which makes a Tally; a slice in
+# blocks. A span is a stretch of lines whose event ids ascend with them. A stamp is an event id at the end of a line.
+#
 # The parts in order: what is printed; an event (its grammar, its rules, its stamp); files; a log and its reader; the
 # tally of a slice; exactly once; the database; the run. server.py imports what both scripts must agree on.
 import argparse
@@ -54,17 +57,17 @@ COMPRESSED = (*DECOMPRESSORS, ".zst", ".lz4", ".Z")
 MAX_EVENT_BYTES = 64 * 1024
 MAX_DEPTH = 100  # far below where json itself gives up, which differs by version and stack: all must agree
 MAX_SEQUENCE = 2**53 - 1
-VALUE_DIGITS = 18  # before the decimal point, and as many behind it
+VALUE_DIGITS = 18  # before the decimal point, and as many behind it; the grammar below says so, too
 
-BLOCK_BYTES = 256 * 1024  # read and decoded at a time
+BLOCK_BYTES = 256 * 1024  # read and decoded at a time; more than the longest event with its stamp
 CHUNK_BYTES = 128 * 1024 * 1024  # one transaction: large, because each one updates every user in it once
-SLICE_BYTES = 2 * 1024 * 1024  # less than that is not worth a process of its own
-CHUNK_SECONDS = 15  # of reading, during which the transaction is idle: must stay far below IDLE_SECONDS
-KEPT_BYTES = 24 * 1024 * 1024  # of users, spans and bad lines in a chunk; the parent needs several times as much
-SPAN_BYTES, SUM_BYTES = 100, 16  # what a span or a bad line adds to that, and a user besides its id
-DIGEST_BYTES = 64 * 1024  # how much before a position is hashed, to recognise an unchanged log
-
+SLICE_BYTES = 2 * 1024 * 1024  # a chunk is not cut into smaller slices than that
 IDLE_SECONDS = 60  # PostgreSQL ends a transaction idle for so long: a vanished or stopped processor releases its locks
+CHUNK_SECONDS = 15  # of reading a slice; the transaction is idle then, during a second reading and during the sync
+KEPT_BYTES = 24 * 1024 * 1024  # that children send the parent for a chunk, as it is estimated; it needs some times more
+SPAN_BYTES, SUM_BYTES = 100, 16  # a span or a rejected line in that, and a user's sum besides the user id
+DIGEST_BYTES = 64 * 1024  # the hash of so many bytes before a position tells whether the log is unchanged
+
 ATTEMPTS = 6  # without any progress, 0.2 to 3.2 s apart: a PostgreSQL that restarts is back by then
 POLL_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -74,7 +77,7 @@ EXACT = decimal.Context(prec=100, traps=[decimal.InvalidOperation, decimal.Overf
 
 
 class Failure(Exception):
-    """Something in the user's world that ends the run: one sentence that says what to do."""
+    """Something in the user's world that ends the run: one sentence that says what is wrong and what to do."""
 
 
 class ChildDied(Failure):
@@ -116,7 +119,7 @@ class Troubles:
     def begin(self, subject, words):
         """Say what is wrong with subject, unless that is known."""
         begun = object()
-        if self._subjects.setdefault(subject, begun) is begun:  # of several threads, one says it
+        if self._subjects.setdefault(subject, begun) is begun:  # atomic: of several threads of server.py, one says it
             warn(f"{subject}: {words}")
 
     def end(self, subject, words):
@@ -128,13 +131,13 @@ class Troubles:
 # ---- An event -------------------------------------------------------------------------------------------------------
 
 # The grammar: an event as everyone prints it, with these fields in this order, without escapes, and with one space or
-# none behind ":" and ",". It is a part of what decode_event and amount_of accept, which know all the rest and word the
-# errors. (Possessive quantifiers like *+ give nothing back, so that hostile input takes linear time.)
+# none behind ":" and ",". A line outside of it is not wrong yet: decode_event and amount_of decide, and say why.
+# (Possessive quantifiers like *+ give nothing back, so that hostile input takes linear time.)
 EVENT = (rb'\{"userId": ?"([^"\\\x00-\x1f]{1,255}+)", ?"name": ?"(add|subtract)_revenue", ?'
          rb'"value": ?(-?(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?)')
 STAMP = rb', "producerId": "([A-Za-z0-9_-]{1,64}+)", "sequence": ([1-9][0-9]{0,14}+)'
 PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % EVENT)
-LOG_LINE = re.compile(rb"(?:%b(?:%b)?\}|([^\n]*+))\n" % (EVENT, STAMP))  # the last group holds any other line
+LOG_LINE = re.compile(rb"(?:%b(?:%b)?\}|([^\n]*+))\n" % (EVENT, STAMP))  # a row; its last group holds any other line
 
 STAMP_AT_END = re.compile(rb'(?:, "log": "[0-9a-f]+")?, "producerId": "[^"]+", "sequence": [0-9]+\}$')
 JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')  # also an unterminated one, so that it is found in linear time
@@ -174,6 +177,12 @@ def as_line(event):
     return event.rstrip().replace(b"\r", b" ").replace(b"\n", b" ")
 
 
+def check(condition, rule):
+    """Raise ValueError, which names the rule, unless condition holds."""
+    if not condition:
+        raise ValueError(rule)
+
+
 def check_event(line):
     """Raise ValueError, in words for its sender, unless line is an event that may be sent to the server."""
     event = decode_event(line)
@@ -182,7 +191,8 @@ def check_event(line):
 
 
 def decode_log_line(line):
-    """Return what LOG_LINE finds in a plain line of a log for any line that is a valid event, or raise ValueError."""
+    """Return a log's line as a row, the six groups of LOG_LINE: user id as JSON writes it, b"add", amount, producer,
+    sequence, b""; the last two ids are b"" for an event without an id. Raise ValueError if the line is no event."""
     event = decode_event(line)
     amount = str(amount_of(event)).encode()
     user = json.dumps(event["userId"], ensure_ascii=False)[1:-1].encode()  # a plain user id is written as it is
@@ -200,24 +210,23 @@ _decode_json = json.JSONDecoder(parse_float=Decimal, parse_constant=int).decode 
 def decode_event(line):
     """Return the JSON object in line (bytes, with or without a stamp) as a dict with numbers as int or Decimal, or
     raise ValueError with the rule that it breaks."""
-    if len(line) > MAX_EVENT_BYTES and len(STAMP_AT_END.sub(b"}", line)) > MAX_EVENT_BYTES:
-        raise ValueError("an event must be at most 64 KiB long")
-    if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
-        raise ValueError("an event must be UTF-8 without a byte order mark (BOM), and not UTF-16")
+    check(len(line) <= MAX_EVENT_BYTES or len(STAMP_AT_END.sub(b"}", line)) <= MAX_EVENT_BYTES,
+          "an event must be at most 64 KiB long")
+    check(not line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) and b"\0" not in line[:2],
+          "an event must be UTF-8 without a byte order mark (BOM), and not UTF-16")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"an event must be UTF-8, which ends at byte {error.start}") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
-        raise ValueError(f"an event must be nested at most {MAX_DEPTH} levels deep")
+    check(text.count("[") + text.count("{") <= MAX_DEPTH or _depth(text) <= MAX_DEPTH,
+          f"an event must be nested at most {MAX_DEPTH} levels deep")
     try:
         event = _decode_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
     except (ValueError, ArithmeticError):
         raise ValueError("a number is out of range, NaN or Infinity") from None
-    if type(event) is not dict:
-        raise ValueError("an event must be a JSON object")
+    check(type(event) is dict, "an event must be a JSON object")
     return event
 
 
@@ -230,35 +239,28 @@ def amount_of(event):
     """Return what the decoded event adds to its user's revenue, an exact int or Decimal, or raise ValueError with the
     rule that it breaks."""
     user, name, value = event.get("userId"), event.get("name"), event.get("value")
-    if type(user) is not str or not 1 <= len(user) <= 255 or "\0" in user or SURROGATE.search(user):
-        raise ValueError("userId must be a string of 1 to 255 characters, without NUL or a lone surrogate")
-    if type(value) is not int and type(value) is not Decimal:
-        raise ValueError("value must be a number")
+    check(type(user) is str and 1 <= len(user) <= 255 and "\0" not in user and not SURROGATE.search(user),
+          "userId must be a string of 1 to 255 characters, without NUL or a lone surrogate")
+    check(type(value) in (int, Decimal), "value must be a number")
     value = Decimal(value)
-    if value.adjusted() >= VALUE_DIGITS:
-        raise ValueError("value must be a number below 10^18")
-    if value.as_tuple().exponent < -VALUE_DIGITS:
-        raise ValueError("value must have at most 18 decimal places")
-    if name == "add_revenue":
-        return value
-    if name == "subtract_revenue":
-        return value.copy_negate()  # unary minus would round
-    raise ValueError("name must be add_revenue or subtract_revenue")
+    check(value.adjusted() < VALUE_DIGITS, "value must be a number below 10^18")
+    check(value.as_tuple().exponent >= -VALUE_DIGITS, "value must have at most 18 decimal places")
+    check(name in ("add_revenue", "subtract_revenue"), "name must be add_revenue or subtract_revenue")
+    # copy_negate, because unary minus would round to 28 digits here, outside of EXACT
+    return value if name == "add_revenue" else value.copy_negate()
 
 
 def check_id(producer, sequence):
     """Raise ValueError unless producer and sequence make an event id."""
-    if type(producer) is not str or not PRODUCER_ID.fullmatch(producer):
-        raise ValueError("producerId must be 1 to 64 of A-Z, a-z, 0-9, _ and -")
-    if type(sequence) is not int or not 1 <= sequence <= MAX_SEQUENCE:
-        raise ValueError("sequence must be an integer from 1 to 2^53 - 1")
+    check(type(producer) is str and PRODUCER_ID.fullmatch(producer),
+          "producerId must be 1 to 64 of A-Z, a-z, 0-9, _ and -")
+    check(type(sequence) is int and 1 <= sequence <= MAX_SEQUENCE, "sequence must be an integer from 1 to 2^53 - 1")
 
 
 def check_reserved(event):
     """Raise ValueError if the decoded event has a field that the server adds."""
     for field in ("producerId", "sequence", "log"):
-        if field in event:
-            raise ValueError(f"{field} belongs to the server; give event ids with the headers Producer-Id and Sequence")
+        check(field not in event, f"{field} belongs to the server; headers give event ids: Producer-Id and Sequence")
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -295,10 +297,11 @@ def end_of_events(fd, size):
         start = max(0, end - BLOCK_BYTES)
         newline = os.pread(fd, end - start, start).rfind(b"\n")
         end = start + newline + 1
-    with contextlib.suppress(ValueError):
+    try:
         decode_log_line(os.pread(fd, min(size - end, BLOCK_BYTES), end))
-        return size
-    return end
+    except ValueError:
+        return end
+    return size
 
 
 def rotated_logs(path):
@@ -311,11 +314,13 @@ def rotated_logs(path):
 def decompress(file, suffix):
     """Return a temporary file with what the compressed file holds, or raise OSError."""
     unpacked = tempfile.TemporaryFile()
+    file.seek(0)
     try:
         with importlib.import_module(DECOMPRESSORS.get(suffix, suffix[1:])).open(file) as content:
             shutil.copyfileobj(content, unpacked)
         unpacked.flush()
     except Exception as error:  # each of the modules raises others
+        unpacked.close()
         if getattr(error, "errno", None):
             raise
         raise OSError(errno.EINVAL, f"cannot be decompressed: {str(error) or type(error).__name__}") from error
@@ -330,7 +335,8 @@ def usable_cores():
 
 
 class LogReader:
-    """A log that is open for reading: end is the offset where its events end, unfinished the bytes after that."""
+    """A log that is open for reading: file is the one on the disk, content what is read, which is another one if the
+    log is compressed. find_end() finds where its events end, how many bytes are behind that, and its log_id."""
 
     def __init__(self, path):
         """Open the log at path, or raise OSError."""
@@ -345,15 +351,15 @@ class LogReader:
         self.file.close()
 
     def state(self):
-        """Return what tells this file from others, and what changes when it does."""
+        """Return the file's identity (device, inode), and its version (size, time of the last change)."""
         status = os.fstat(self.file.fileno())
         return (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
 
     def find_end(self):
         """Set end, unfinished and log_id, or raise OSError. A log whose name says that it is compressed is decompressed
-        first. The lock keeps out a server that may take back what it is writing."""
+        first. Under the lock no server is in the midst of a write, which it could still take back."""
         suffix = os.path.splitext(self.path)[1]
-        if suffix in COMPRESSED and self.content is self.file:
+        if suffix in COMPRESSED:
             self.content = decompress(self.file, suffix)
         fd = self.content.fileno()
         fcntl.flock(fd, fcntl.LOCK_SH)
@@ -368,8 +374,8 @@ class LogReader:
 
     def sync(self):
         """Make what was read durable before it is counted: a power cut could put other lines in its place. If that
-        fails, end the process: a second sync could lie."""
-        if self._synced < self.end:
+        fails, raise SystemExit, because a Failure would be retried, and a second sync could lie."""
+        if self._synced != self.end:
             try:
                 sync_file(self.file.fileno())
             except OSError as error:
@@ -382,9 +388,10 @@ class LogReader:
         return os.pread(self.content.fileno(), length, offset)
 
     def digest(self, position):
-        """Return the SHA-256 of the up to DIGEST_BYTES before position."""
+        """Return the SHA-256 of the up to DIGEST_BYTES before position, or None if the log is shorter than that."""
         start = max(0, position - DIGEST_BYTES)
-        return hashlib.sha256(self.read(start, position - start)).digest()
+        data = self.read(start, position - start)
+        return hashlib.sha256(data).digest() if len(data) == position - start else None
 
     def slices(self, start):
         """Return pairs of offsets that cut up to CHUNK_BYTES from start on into whole lines: one for each core, or one
@@ -395,6 +402,7 @@ class LogReader:
         return [(low, high) for low, high in itertools.pairwise(cuts) if low < high]
 
     def _behind_line(self, offset):
+        """Return the offset itself if a line begins there, else where the next one begins, or end."""
         while offset < self.end and (data := self.read(offset - 1, BLOCK_BYTES)):
             if newline := data.find(b"\n") + 1:
                 return min(offset - 1 + newline, self.end)
@@ -403,7 +411,7 @@ class LogReader:
 
     def blocks(self, start, end):
         """Yield (offset, whole lines, offset behind them) from start up to end. Of a line longer than a block only the
-        beginning is kept in memory and yielded, which is still too long to be an event."""
+        beginning is yielded, with "..." behind it, which is too long for an event in any case."""
         while start < end and (block := self.read(start, min(BLOCK_BYTES, end - start))):
             behind = start + len(block)
             if behind == self.end and not block.endswith(b"\n"):
@@ -412,7 +420,7 @@ class LogReader:
                 block = block[:block.rindex(b"\n") + 1]
                 behind = start + len(block)
             else:
-                block += b"...\n"  # not blank, even if it begins with so many spaces
+                block += b"...\n"  # so that it is not blank, whatever it begins with
                 behind = self._behind_line(behind)
             yield start, block, behind
             start = behind
@@ -424,13 +432,13 @@ FORK = multiprocessing.get_context("fork")
 
 # What stands between two offsets of a log. A span (producer, first, end, line) says that the lines from that one on (0
 # is the first) have the event ids from (producer, first) to (producer, end - 1). rejected holds the (offset, reason) of
-# each bad line.
+# each rejected line.
 Report = collections.namedtuple("Report", "start end lines events spans rejected")
 
 
 class Tally:
     """What the events of a log add up to, from offset start to end, or to where that took CHUNK_SECONDS or would keep
-    more than limit bytes. With ids_only, events without an id are bad lines."""
+    more than limit bytes. With ids_only, events without an id are rejected."""
 
     def __init__(self, log, start, end, ids_only, limit):
         self._log, self._ids_only = log, ids_only
@@ -441,39 +449,38 @@ class Tally:
             users = len(self._sums)
             numbers, rows = read_rows(block, offset, ids_only, rejected)
             add_spans(spans, numbers, rows, offset, lines)
-            self._add(rows, b"add")
+            self._add(rows, 1)
             lines += block.count(b"\n")
+            # A dict keeps its order: the new users are its last ones.
             user_bytes += sum(map(len, itertools.islice(reversed(self._sums), len(self._sums) - users)))
             kept = user_bytes + SUM_BYTES * len(self._sums) + SPAN_BYTES * (len(spans) + len(rejected))
             if kept > limit or time.monotonic() > deadline:
                 break
         self.report = Report(start, behind, lines, sum(self._counts.values()), spans, rejected)
 
-    def _add(self, rows, plus):
-        """Add the amounts of rows exactly; plus is the sign of those that are not to be negated."""
+    def _add(self, rows, sign):
+        """Add the amounts of rows exactly and count them or, with sign -1, take them off again."""
         values = [row[2] for row in rows]
         try:
             amounts = list(map(int, values))
         except ValueError:
             amounts = [Decimal(value.decode()) for value in values]
-        sums = self._sums
+        sums, plus = self._sums, b"add" if sign > 0 else b"subtract"
         with decimal.localcontext(EXACT):
             for row, amount in zip(rows, amounts):
                 sums[row[0]] = sums.get(row[0], 0) + (amount if row[1] == plus else -amount)
-        (self._counts.update if plus == b"add" else self._counts.subtract)([row[0] for row in rows])
+        (self._counts.update if sign > 0 else self._counts.subtract)([row[0] for row in rows])
 
     def sums(self, new):
         """Return {user: amount} as a JSON text for the events whose lines are 1 in new, a byte for each line: read the
-        others once more and take them off."""
-        at = 0
-        for offset, block, _ in self._log.blocks(*self.report[:2]) if new.count(1) < self.report.events else ():
-            lines = block.split(b"\n")[:-1]
-            others = new[at:at + len(lines)].translate(b"\1\0" + bytes(254))
-            at += len(lines)
-            block = b"".join([line + b"\n" for line in itertools.compress(lines, others)])
-            _, rows = read_rows(block, offset, self._ids_only, [])
-            self._add(rows, b"subtract")
-        if at not in (0, len(new)):
+        others once more and take them off, once and for all. Raise OSError if the log was changed meanwhile."""
+        events, marks = new.count(1), iter(new)
+        again = self._log.blocks(self.report.start, self.report.end) if events < self.report.events else ()
+        for offset, block, _ in again:
+            others = [line + b"\n" for line, mark in zip(block.split(b"\n")[:-1], marks) if not mark]
+            _, rows = read_rows(b"".join(others), offset, self._ids_only, [])
+            self._add(rows, -1)
+        if sum(self._counts.values()) != events:
             raise OSError(errno.ESTALE, "was changed while it was read", self._log.path)
         return b"{%b}" % b",".join([b'"%b":%b' % (user, str(amount).encode())
                                     for user, amount in self._sums.items() if self._counts[user]])
@@ -525,8 +532,8 @@ class TallyInChild:
 
 
 def read_rows(block, offset, ids_only, rejected):
-    """Return the numbers and the rows of the lines of block that are events, and add the bad lines to rejected. block
-    is whole lines at offset of a log, a row is what LOG_LINE finds in a line."""
+    """Return the numbers and the rows of the lines of block that are events, and add the others to rejected, but for
+    blank ones. block is whole lines at offset of a log."""
     rows = (LOG_LINE.findall(block) if is_utf8(block) else
             [(b"", b"", b"", b"", b"", line) for line in block[:-1].split(b"\n")])
     if all([row[3 if ids_only else 0] for row in rows]):  # a line with an id is plain, too
@@ -537,8 +544,7 @@ def read_rows(block, offset, ids_only, rejected):
         try:
             if row[5].strip():
                 row = decode_log_line(row[5])
-            if row[0] and ids_only and not row[3]:
-                raise ValueError(NO_ID)
+            check(row[3] or not row[0] or not ids_only, NO_ID)
         except ValueError as error:
             rejected.append((at, str(error)))
         else:
@@ -553,21 +559,22 @@ def add_spans(spans, numbers, rows, offset, lines):
     An event without an id gets one that no other has in this chunk: no producer, and a number that grows with offset.
     """
     # Neighbours belong to one span when they have one producer and their sequences ascend as their lines do.
-    keys = [(row[3], int(row[4] or offset + number) - number, number - i)
+    keys = [(row[3], int(row[4] or offset + number) - i, number - i)
             for i, number, row in zip(itertools.count(), numbers, rows)]
     at = 0
     for (producer, base, skipped), group in itertools.groupby(keys):
-        number, count = skipped + at, len(list(group))
-        spans.append((producer.decode(), base + number, base + number + count, lines + number))
+        count = len(list(group))
+        spans.append((producer.decode(), base + at, base + at + count, lines + skipped + at))
         at += count
 
 
 # ---- Exactly once ---------------------------------------------------------------------------------------------------
 
 # What came of a chunk: the offsets where it began and ended, the position that is recorded now, how many events were
-# applied and how many repeated, the (offset, reason) of each bad line, and whether events without an id were rejected
-# since the reading began.
-Chunk = collections.namedtuple("Chunk", "start end position applied repeated rejected unknown")
+# applied and how many repeated, the (offset, reason) of each rejected line, and whether events without an id were among
+# them since the reading began. Chunk() stands before the first one.
+Chunk = collections.namedtuple("Chunk", "start end position applied repeated rejected without_id",
+                               defaults=(None, 0, -1, 0, 0, (), False))
 
 
 def apply_chunk(sql, log, previous):
@@ -576,9 +583,8 @@ def apply_chunk(sql, log, previous):
     It starts at the recorded position if the bytes before that are unchanged. Otherwise (a copy, a cut, a restored
     backup) the log is being read again from byte 0, and the chunk starts where the previous one ended. Then the
     position stays where it is until the end is reached without rejecting an event that has no id, so that a log that
-    is put right again is known again.
+    is put right again is known again; and it never moves back, so that neither a shorter copy makes it do so.
     """
-    sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [int(IDLE_SECONDS * 1000)])
     sql.execute("INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id])
     sql.execute("SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id])
     position, digest = sql.fetchone()
@@ -591,30 +597,30 @@ def apply_chunk(sql, log, previous):
         applied = count_once(sql, tallies)
     end = reports[-1].end if reports else start
     rejected = [line for report in reports for line in report.rejected]
-    unknown = previous.unknown or any(reason == NO_ID for _, reason in rejected)
-    if end > position and (unchanged or end >= log.end and not unknown):
+    without_id = previous.without_id or any(reason == NO_ID for _, reason in rejected)
+    if end > position and (unchanged or end >= log.end and not without_id):
         position = end
         sql.execute("UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
                     [end, log.digest(end), log.log_id])
     repeated = sum(report.events for report in reports) - applied
-    return Chunk(start, end, position, applied, repeated, rejected, unknown)
+    return Chunk(start, end, position, applied, repeated, rejected, without_id)
 
 
 @contextlib.contextmanager
 def tallied(log, start, ids_only):
     """Return a context with the tallies of the next chunk of log, from offset start on: one for each core, or one alone
-    when there is little to read, up to one that ended early."""
+    when there is little to read, or none. What lies behind one that ended early belongs to the chunk after this one."""
     with contextlib.ExitStack() as stack:
         cuts = log.slices(start)
         jobs = [(log, low, high, ids_only, KEPT_BYTES // len(cuts)) for low, high in cuts]
         tallies = [stack.enter_context(contextlib.closing(TallyInChild(*job))) for job in jobs]
-        connected, end = [], start
+        adjoining, end = [], start
         for tally, (low, _) in zip(tallies, cuts):
             if low == end:  # no slice before it ended early
                 tally.report = tally.receive()
-                connected.append(tally)
+                adjoining.append(tally)
                 end = tally.report.end
-        yield connected
+        yield adjoining
 
 
 def count_once(sql, tallies):
@@ -641,7 +647,7 @@ def count_once(sql, tallies):
             UPDATE event_producers AS stored SET applied = stored.applied + ranges
             FROM chunk JOIN event_producers AS before USING (producer_id)
             WHERE stored.producer_id = chunk.producer_id AND NOT before.applied @> ranges
-            RETURNING chunk.producer_id, ranges - before.applied AS new
+            RETURNING chunk.producer_id, ranges - before.applied AS new -- stored is what it became
         )
         SELECT producer_id, lower(span), upper(span) FROM changed, unnest(new) AS span""", [chunk])
     chosen = [(tally, new) for tally, new in zip(tallies, select_new(tallies, sql.fetchall())) if 1 in new]
@@ -668,10 +674,10 @@ def ranges_of(tallies):
 
 def select_new(tallies, new):
     """Return for each tally a byte for each of its lines: 1 for an event whose id is in new, [(producer, first, end)],
-    and that no line before it in the order of ids has; and for every event without an id.
+    and for every event without an id.
 
-    Both lists ascend, and what one span takes of new is not there for the next. new holds only ids of spans, so that
-    its first one never lies before the current span.
+    Of several lines with one id, the first span in the order of ids gets it: both lists ascend, and what a span takes
+    of new is not there for the next. (An id before the current span would lie in an earlier one, which has taken it.)
     """
     spans = sorted([(*span, number) for number, tally in enumerate(tallies) for span in tally.report.spans])
     new = collections.deque(sorted(new + [span[:3] for span in spans if not span[0]]))
@@ -720,7 +726,7 @@ def _parse_url(url):
 
 
 def sentence(error):
-    """Return all that a psycopg2.Error says, in one line without a full stop."""
+    """Return what a psycopg2.Error says is wrong, in one line without a full stop."""
     if error.diag.message_primary:
         lines = [error.diag.message_primary, error.diag.message_detail or ""]
     else:  # libpq's own words: a line for each address that it tried, and indented advice
@@ -791,7 +797,7 @@ class Processor:
         self.paths, self.follow, self.verifying = paths, follow, verifying
         self.failed = False  # something was rejected or could not be read
         self.connection = None
-        self.done = {}  # {file: (its state, log_id, recorded position)} of each log when all of it was applied
+        self.done = {}  # {file: (its version, log_id, recorded position)} of each log when all of it was applied
         self.counts = collections.defaultdict(collections.Counter)  # {path: what came of it and was not said yet}
         self.held = {}  # {path: LogReader} of the logs that are written to, so that they are still read when renamed
         self.troubles = Troubles()
@@ -826,8 +832,8 @@ class Processor:
                 time.sleep(min(0.1 * 2 ** min(self.failures, 10), MAX_BACKOFF_SECONDS))
 
     def run_once(self):
-        """Apply what is new in every log, and return whether there was a log to look at: one that grew or that the
-        database knows less of than it did (it was restored); without follow, growing logs are read once."""
+        """Apply what is new in every log, and return whether there was one to look at: one that was not done yet, that
+        the database knows less of than it did (it was restored), or, with follow, that has changed."""
         if self.connection is None or self.connection.closed:
             self.connect()
         with self.transaction() as sql:
@@ -864,7 +870,7 @@ class Processor:
         was anything to look at, or raise OSError."""
         log = self.held.get(path)
         if log and not leads_to(path, log.file.fileno()):
-            # Renamed. find_end waits for the lock, and whoever writes next sees the renaming: what is there now is all.
+            # Renamed. Once find_end has had the lock, nobody writes to it any more: writers look at the name first.
             self.done.pop(log.state()[0], None)  # also if it has not grown: its writer may hold the lock
             self.apply_log(log)
             self.held.pop(path).close()
@@ -878,12 +884,12 @@ class Processor:
 
     def apply_log(self, log):
         """Apply an open log chunk by chunk, from where the database knows it, and say what came of it; return False if
-        nothing in it can be new."""
-        file, state = log.state()
-        if file in self.done and (self.done[file][0] == state or not self.follow):
+        it is done already and, with follow, has not changed since."""
+        file, version = log.state()
+        if file in self.done and (self.done[file][0] == version or not self.follow):
             return False
         log.find_end()
-        counts, chunk = self.counts[log.path], Chunk(None, 0, -1, 0, 0, [], False)
+        counts, chunk = self.counts[log.path], Chunk()
         while chunk.start != chunk.end < log.end:  # a chunk of no length: the file was truncated meanwhile
             with self.transaction() as sql:
                 chunk = apply_chunk(sql, log, chunk)
@@ -895,7 +901,7 @@ class Processor:
             counts.update(applied=chunk.applied, repeated=chunk.repeated, rejected=len(chunk.rejected))
             write(sys.stderr, f"{log.path}: {chunk.end / log.end:.0%}, {sum(counts.values()):,} events", end="")
         write(sys.stderr, "", end="")
-        self.done[file] = state, log.log_id, chunk.position
+        self.done[file] = version, log.log_id, chunk.position
         del self.counts[log.path]
         left = f"; {log.unfinished:,} bytes of an unfinished last line left" if log.unfinished else ""
         if not self.verifying and (not self.follow or any(counts.values())):
@@ -905,8 +911,11 @@ class Processor:
 
     @contextlib.contextmanager
     def transaction(self):
-        """Return a context with the cursor of one transaction: nothing else commits, and a verifying run never does."""
+        """Return a context with the cursor of one transaction: nothing else commits. A verifying run never does, and
+        takes its time between two statements."""
         with contextlib.nullcontext() if self.verifying else self.connection, self.connection.cursor() as sql:
+            if not self.verifying:
+                sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [f"{IDLE_SECONDS}s"])
             yield sql
 
     def connect(self):
@@ -939,8 +948,9 @@ def verify(paths):
         real, users = sql.fetchone()  # with its schema, because it is hidden now
         sql.execute(f"""
             SELECT user_id, stored, logged, stored - logged
-            FROM (SELECT user_id, coalesce(stored.revenue, 0) AS stored, coalesce(logged.revenue, 0) AS logged
-                  FROM {real} AS stored FULL JOIN users_revenue AS logged USING (user_id)) AS compared
+            FROM (SELECT coalesce(old.user_id, new.user_id) COLLATE "C" AS user_id,
+                         coalesce(old.revenue, 0) AS stored, coalesce(new.revenue, 0) AS logged
+                  FROM {real} AS old FULL JOIN users_revenue AS new ON old.user_id = new.user_id COLLATE "C") AS users
             WHERE stored <> logged ORDER BY user_id""")
         for row in sql:
             say("{}: {:f} in users_revenue, {:f} in the logs, difference {:f}".format(*row))

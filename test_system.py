@@ -1850,11 +1850,13 @@ class Cores(SystemTest):
         self.assertEqual((sums, reads.call_count), (b'{"user1":100}', 1))
 
     def test_a_log_that_is_cut_between_its_readings_is_not_counted(self):
-        path = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
-        with opened_reader(path) as log:
-            tally = data_processor.Tally(log, 0, log.end, False, 10**6)
-            os.truncate(path, len(with_id("p", 1)))
-            self.assertRaisesRegex(OSError, "was changed while it was read", tally.sums, b"\1\0\1")
+        for length in (0, len(with_id("p", 1))):
+            path = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
+            with self.subTest(length), opened_reader(path) as log:
+                tally = data_processor.Tally(log, 0, log.end, False, 10**6)
+                os.truncate(path, length)
+                self.assertRaisesRegex(OSError, "was changed while it was read", tally.sums, b"\1\0\1")
+                self.assertIsNone(log.digest(log.end), "the position behind the end could seem unchanged")
 
     def test_no_child_outlives_its_chunk(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
@@ -4207,6 +4209,17 @@ class Following(SystemTest):
                 poll(processor)
         apply_chunk.assert_not_called()
 
+    def test_a_compressed_log_that_is_not_whole_yet_is_read_later(self):
+        whole = gzip.compress("".join(with_id("p", n) for n in range(1, 101)).encode())
+        log = self.path("log.gz", whole[:50])
+        with captured() as printed, opened_processor(log, follow=True) as processor:
+            for content, applied in ((whole[:50], []), (whole, [(100,)])):
+                log.write_bytes(content)
+                for _ in range(2):
+                    poll(processor)
+                    self.assertEqual(query("SELECT revenue FROM users_revenue"), applied)
+            self.assertRegex(printed(), "^.*log.gz: cannot be decompressed: .*\n.*: 100 applied.*\n.*is read again.\n$")
+
     def test_a_log_that_was_renamed_is_closed(self):
         log = self.path("log", with_id("p", 1))
         with captured(), opened_processor(log, follow=True) as processor:
@@ -4276,6 +4289,24 @@ class Audit(SystemTest):
         output, _ = self.processor("--verify", *logs, copy)
         self.assertEqual(output, "users_revenue and the logs agree on 4 users.\n")
         self.assertEqual(query(tables), before)
+
+    def test_verify_takes_its_time_between_two_statements(self):
+        logs = [str(self.path("log.1", with_id("p", 1))), str(self.path("log", with_id("p", 2)))]
+        self.processor(*logs)
+        find_end = data_processor.LogReader.find_end
+
+        def find_end_slowly(log):
+            time.sleep(0.5)
+            find_end(log)
+        with (captured(), unittest.mock.patch.object(data_processor, "IDLE_SECONDS", 0.2),
+              unittest.mock.patch.object(data_processor.LogReader, "find_end", find_end_slowly)):
+            self.assertTrue(data_processor.verify(logs))
+
+    def test_verify_compares_user_ids_of_another_collation(self):
+        log = self.path("log", with_id("p", 1) + with_id("p", 2, "user2"))
+        query('ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text COLLATE "en-x-icu"')
+        self.processor(log)
+        self.assertIn("agree on 2 users", self.processor("--verify", log)[0])
 
     def test_verify_prints_each_user_whose_revenue_differs(self):
         logs = self.logs()
