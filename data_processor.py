@@ -44,6 +44,7 @@ if sys.version_info < (3, 11):
 try:
     import fcntl
     import psycopg2
+    import psycopg2.errors
     import psycopg2.extensions
 except ImportError as error:
     sys.exit(f"{error}. This program needs Linux or macOS (on Windows, WSL) and the PostgreSQL driver; install that "
@@ -358,9 +359,8 @@ class LogReader:
     def find_end(self):
         """Set end, unfinished and log_id, or raise OSError. A log whose name says that it is compressed is decompressed
         first. Under the lock no server is in the midst of a write, which it could still take back."""
-        suffix = os.path.splitext(self.path)[1]
-        if suffix in COMPRESSED:
-            self.content = decompress(self.file, suffix)
+        if self.path.endswith(COMPRESSED):
+            self.content = decompress(self.file, os.path.splitext(self.path)[1])
         fd = self.content.fileno()
         fcntl.flock(fd, fcntl.LOCK_SH)
         try:
@@ -714,15 +714,13 @@ def connect(**defaults):
 def _parse_url(url):
     """Return the parts of DATABASE_URL, or raise Failure, without quoting any of it: where a URL is malformed, any part
     of it may be a part of the password."""
-    try:
+    with contextlib.suppress(psycopg2.ProgrammingError):
         parts = psycopg2.extensions.parse_dsn(url)
-    except psycopg2.ProgrammingError:
-        parts = {"port": "malformed"}
-    unescaped = "://" in url and not re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
-    if unescaped or not re.fullmatch("[0-9,]*", parts.get("port", "")):
-        raise Failure("DATABASE_URL is malformed. It must look like postgresql://user:password@host:5432/database, "
-                      "with each / @ : % in the password percent-encoded (%2F %40 %3A %25).")
-    return parts
+        escaped = "://" not in url or re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
+        if escaped and re.fullmatch("[0-9,]*", parts.get("port", "")):
+            return parts
+    raise Failure("DATABASE_URL is malformed. It must look like postgresql://user:password@host:5432/database, with "
+                  "each / @ : % in the password percent-encoded (%2F %40 %3A %25).")
 
 
 def sentence(error):
@@ -735,57 +733,22 @@ def sentence(error):
 
 
 def prepare_tables(sql, create=True):
-    """Create the tables that are missing, in the schema where users_revenue is; raise Failure when the database or
-    users_revenue does not fit."""
-    sql.execute("""
-        SELECT current_setting('server_encoding'), current_database(),
-            to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')""")
-    encoding, database, *tables = sql.fetchone()
-    if encoding != "UTF8":
-        raise Failure(f"The database {database} is encoded in {encoding}; create one with: "
-                      "createdb --encoding=UTF8 --template=template0 NAME, and set PGDATABASE to its name.")
-    if None in tables:
-        if not create:
-            raise Failure("The tables do not exist yet; run data_processor.py without --verify first.")
+    """Create the tables that are missing, in the schema where users_revenue is, and check that all of them fit. Raise
+    Failure or, in the words of create_table.sql, psycopg2.errors.RaiseException."""
+    statements = TABLES.read_text()
+    sql.execute("SELECT to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')")
+    if None not in sql.fetchone():
+        statements = statements[statements.index("DO $$"):]  # CREATE needs a right, even IF NOT EXISTS
+    elif not create:
+        raise Failure("The tables do not exist yet; run data_processor.py without --verify first.")
+    else:
         # Two processors that create the same table at once collide, even with IF NOT EXISTS.
         sql.execute("SELECT pg_advisory_xact_lock(hashtext('create_table.sql'))")
         sql.execute("""
             SELECT set_config('search_path', quote_ident(nspname), true)
             FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
             WHERE pg_class.oid = to_regclass('users_revenue')""")
-        sql.execute(TABLES.read_text())
-    sql.execute("""
-        SELECT count(DISTINCT relnamespace) FROM pg_class
-        WHERE oid IN (to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs'))""")
-    if sql.fetchone() != (1,):
-        raise Failure("users_revenue, event_producers and event_logs are in different schemas; set search_path so that "
-                      "all three are found in one: ALTER ROLE NAME SET search_path = SCHEMA.")
-    check_users_revenue(sql)
-
-
-def check_users_revenue(sql):
-    """Raise Failure, with the statement that mends it, unless users_revenue can hold every user and sum, each once."""
-    sql.execute("""
-        SELECT attname, format_type(atttypid, atttypmod), collisdeterministic IS NOT false,
-            EXISTS (SELECT FROM pg_index WHERE indrelid = attrelid AND indkey[0] = attnum AND indnkeyatts = 1
-                    AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL),
-            (SELECT min(format('DROP CONSTRAINT %I, ', conname)) FROM pg_constraint
-             WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND condeferrable)
-        FROM pg_attribute LEFT JOIN pg_collation ON pg_collation.oid = attcollation
-        WHERE attrelid = 'users_revenue'::regclass AND NOT attisdropped""")
-    columns = {name: rest for name, *rest in sql}
-    revenue, *_ = columns.get("revenue", [""])
-    user, exact, unique, deferrable = columns.get("user_id", ["", True, True, None])
-    length = re.fullmatch(r"text|character varying(?:\(([0-9]+)\))?", user)
-    for fits, statement in (
-            (revenue, "ADD COLUMN revenue numeric NOT NULL DEFAULT 0"),
-            (revenue == "numeric", "ALTER COLUMN revenue TYPE numeric USING revenue::numeric"),
-            (user, 'ADD COLUMN user_id text COLLATE "C" UNIQUE'),
-            (exact and length and int(length[1] or 255) >= 255, 'ALTER COLUMN user_id TYPE text COLLATE "C"'),
-            (unique and not deferrable, f"{deferrable or ''}ADD UNIQUE (user_id)")):  # ON CONFLICT wants it so
-        if not fits:
-            raise Failure("users_revenue cannot hold each user's revenue once and exactly; mend it with: "
-                          f"ALTER TABLE users_revenue {statement}")
+    sql.execute(statements)
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -825,8 +788,7 @@ class Processor:
                 if self.connection is None or not passing or self.failures >= ATTEMPTS:
                     if not self.follow:
                         raise
-                    words = f"{explain(error)} Trying again until it is mended."
-                    self.troubles.begin("Events are not applied", words)
+                    self.troubles.begin("Events are not applied", f"{explain(error)} Trying again until it is mended.")
                 if self.connection:
                     self.connection.close()
                 time.sleep(min(0.1 * 2 ** min(self.failures, 10), MAX_BACKOFF_SECONDS))
@@ -968,6 +930,8 @@ def explain(error):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}."
+    if isinstance(error, psycopg2.errors.RaiseException):  # by create_table.sql
+        return sentence(error)
     if isinstance(error, psycopg2.OperationalError) and not error.pgcode:
         return (f"No database: {sentence(error)}. Start PostgreSQL, or correct DATABASE_URL or PGHOST, PGPORT, PGUSER, "
                 "PGPASSWORD and PGDATABASE.")

@@ -4344,7 +4344,9 @@ class Audit(SystemTest):
     def test_nothing_outlives_its_transaction_on_a_connection(self):
         self.path("log", with_id("p", 1))
         query("DROP TABLE event_producers, event_logs")  # which the first run creates
-        settings = "SELECT name, setting FROM pg_settings WHERE source = 'session' OR context = 'user' ORDER BY name"
+        settings = """
+            SELECT name, setting FROM pg_settings
+            WHERE (source = 'session' OR context = 'user') AND name NOT LIKE 'plpgsql.%' ORDER BY name"""
         tables = """
             SELECT nspname, relname FROM pg_namespace JOIN pg_class ON pg_namespace.oid = relnamespace
             WHERE relpersistence = 't'"""
