@@ -31,7 +31,6 @@ import re
 import secrets
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import threading
@@ -269,7 +268,7 @@ def check_reserved(event):
 def open_regular(path, flags, mode=0o640):
     """Return a descriptor of the regular file at path, or raise OSError, also if it is anything else."""
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)  # O_NONBLOCK: a named pipe would wait for a writer
-    if stat.S_ISREG(os.fstat(fd).st_mode):
+    if os.path.isfile(fd):
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "is not a regular file; name one that is", path)
