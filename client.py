@@ -8,6 +8,7 @@ The parts, in order: what is printed; the delivery of a file; batches; requests;
 needs Python's standard library alone and can be copied to any machine by itself.
 """
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import errno
@@ -34,7 +35,7 @@ try:
 except ImportError:
     sys.exit("client.py locks files with fcntl: it needs Linux or macOS, or WSL on Windows.")
 
-BATCH_BYTES = 512 * 1024  # in a request's body; a longer line is rejected here
+BATCH_BYTES = 512 * 1024  # in a request's body
 CONCURRENT_REQUESTS = 4
 BATCHES_AHEAD = 2 * CONCURRENT_REQUESTS  # read and not yet answered: all that is held in memory
 REQUEST_SECONDS = 10  # without a byte from the server
@@ -151,7 +152,6 @@ class Delivery:
         os.fsync(self._state.fileno())  # when it goes on, too: the client before may have been killed just here
         sync_directory(self.path)
         self.answered = self.accepted = self.rejected = 0  # lines, of which events
-        self._rejected_file = None
         self.rejected_path = f"{self.path}.rejected-{self.producer}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.rejected_path)  # a killed client wrote it: all lines are sent, and collected, again
@@ -187,12 +187,12 @@ class Delivery:
     def read(self, offset, size):
         """Return size bytes from an offset on, or what is left, after which a last line has its newline in any case;
         raise Failure if the file became shorter."""
-        size = min(size, self.size - offset)
+        left = self.size - offset
         self._file.seek(offset)
-        data = self._file.read(size)
-        if len(data) < size:
+        data = self._file.read(min(size, left))
+        if len(data) < min(size, left):
             raise Failure(f"{self.name} was shortened while it was read. Restore it, then run this command again.")
-        return data + b"\n" * (offset + size == self.size and not data.endswith(b"\n"))
+        return data + b"\n" * (left < size and not data.endswith(b"\n"))
 
     def end_of_line(self, offset):
         """Return where the line ends that an offset lies in."""
@@ -202,24 +202,25 @@ class Delivery:
 
     def settle(self, batch, errors):
         """Count an answered batch; report and collect its rejected lines, given their errors by their numbers."""
-        numbers = sorted(errors)
-        for number in numbers:
-            warn(f"{self.name}:{number}: {errors[number]}")
-        if numbers and self._rejected_file is None:
-            self._rejected_file = open_regular(self.rejected_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        if batch.error:
-            for offset in range(batch.begin, batch.end, BATCH_BYTES):
-                write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, batch.end - offset)))
-        elif numbers:
-            lines = batch.body.split(b"\n")
-            write_all(self._rejected_file, b"".join([lines[number - batch.first] + b"\n" for number in numbers]))
-        self.rejected += len(numbers)
-        self.accepted += batch.events - len(numbers) * (batch.error is None)
+        if errors and not self.rejected:
+            self._rejected_file = open_regular(self.rejected_path, os.O_WRONLY | os.O_CREAT)
+        lines = re.finditer(rb".*+\n", batch.body) if errors else []
+        for number, line in enumerate(lines, batch.first):
+            if number in errors:
+                warn(f"{self.name}:{number}: {errors[number]}")
+                self._collect(batch.begin + line.start(), batch.end - len(batch.body) + line.end())
+        self.rejected += len(errors)
+        self.accepted += batch.events - len(errors)
         self.answered += batch.lines
+
+    def _collect(self, begin, end):
+        """Copy a rejected line from the file, of which a batch may hold the beginning alone."""
+        for offset in range(begin, end, BATCH_BYTES):
+            write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, end - offset)))
 
     def sync_rejected(self):
         """Make the collected lines durable, if there are any."""
-        if self._rejected_file:
+        if self.rejected:
             os.fsync(self._rejected_file.fileno())
             sync_directory(self.path)
 
@@ -233,33 +234,29 @@ class Delivery:
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
-class Batch:
-    """Consecutive lines of a delivery: the first one's number and id, where they begin and end, and what is sent.
-
-    error is set for a single line that is too long; a blank line is sent for it.
-    """
-
-    def __init__(self, delivery, first, body, begin, end, error=None):
-        self.first, self.body, self.begin, self.end, self.error = first, body, begin, end, error
-        self.id = {"Producer-Id": delivery.producer, "Sequence": str(first)}
-        self.lines = body.count(b"\n")
-        self.events = self.lines - len(BLANK_LINE.findall(b"\n" + body))  # of those that are sent
+# Consecutive lines of a delivery: the first one's number, how many lines and events they are, where they begin and end
+# in the file, and what is sent.
+Batch = collections.namedtuple("Batch", "producer first lines events begin end body")
 
 
 def read_batches(delivery, batch_size):
-    """Yield all lines of a delivery as batches of at most batch_size lines and BATCH_BYTES."""
-    batch_of_lines = re.compile(rb"(?:.*+\n){1,%d}+" % batch_size)
+    """Yield all lines of a delivery as batches of at most batch_size lines and BATCH_BYTES.
+
+    Of a line that is longer, the beginning is sent with "..." after it: the server rejects it by its own rule, and it
+    is no JSON in any case.
+    """
+    whole_lines = re.compile(rb"(?:.*+\n){1,%d}+" % batch_size)
     first, begin = 1, 0
     while begin < delivery.size:
-        body, error = delivery.read(begin, BATCH_BYTES), None
-        if match := batch_of_lines.match(body):
+        block = delivery.read(begin, BATCH_BYTES)
+        if match := whole_lines.match(block):
             body, end = match[0], begin + match.end()
         else:
-            end = delivery.end_of_line(begin)
-            body, error = b"\n", f"a line must be at most {BATCH_BYTES // 1024} KiB long"
-        batch = Batch(delivery, first, body, begin, end, error)
-        yield batch
-        first, begin = first + batch.lines, end
+            body, end = block[:-4] + b"...\n", delivery.end_of_line(begin)
+        lines = body.count(b"\n")
+        events = lines - len(BLANK_LINE.findall(b"\n" + body))
+        yield Batch(delivery.producer, first, lines, events, begin, end, body)
+        first, begin = first + lines, end
 
 
 # ---- Requests -------------------------------------------------------------------------------------------------------
@@ -306,8 +303,7 @@ class Sender:
             if not pending:
                 return
             batch, answer = pending.pop(0)
-            errors = self._result(answer)
-            yield batch, {batch.first: batch.error} if batch.error else errors
+            yield batch, self._result(answer)
 
     def stop(self):
         """Let each thread end after the attempt that is under way, without waiting for it."""
@@ -353,7 +349,7 @@ class Sender:
 
     def _post_batch(self, batch):
         """Return the errors of the rejected lines by their numbers, when the answer accounts for every line."""
-        status, _, payload = self._exchange("POST", batch.body, batch.id | {"Content-Type": NDJSON})
+        status, _, payload = self._exchange("POST", batch.body, _event_id(batch) | {"Content-Type": NDJSON})
         self._check(status, payload)
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             answer = json.loads(payload)
@@ -368,7 +364,7 @@ class Sender:
     def _post_event(self, batch):
         """Return the error of a single line by its number if the server rejects it; a blank line is not sent."""
         if batch.events:
-            status, _, payload = self._exchange("POST", batch.body.strip(), batch.id | {"Content-Type": JSON})
+            status, _, payload = self._exchange("POST", batch.body.strip(), _event_id(batch) | {"Content-Type": JSON})
             if status in (400, 413, 422):
                 return {batch.first: _words(payload)}
             self._check(status, payload)
@@ -395,6 +391,11 @@ class Sender:
             advice = {401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.",
                       413: " Lower --batch-size."}
             raise Failure(f"{self._url} answered with {words}.{advice.get(status, '')}")
+
+
+def _event_id(batch):
+    """Return the headers with the id of a batch's first line."""
+    return {"Producer-Id": batch.producer, "Sequence": str(batch.first)}
 
 
 def _words(payload):

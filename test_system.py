@@ -3681,17 +3681,18 @@ class Client(SystemTest):
             expected = text.split(b"\n")[:-1] if text.endswith(b"\n") else text.split(b"\n") if text else []
             sent = [(number, line) for batch in batches
                     for number, line in enumerate(batch.body.split(b"\n")[:-1], batch.first)]
-            long = {number for number, line in enumerate(expected, 1) if len(line) > 63 and (
-                len(line) > 64 or number < len(expected) or text.endswith(b"\n"))}
-            self.assertEqual(sent, [(number, b"" if number in long else line)
+            long = {number for number, line in enumerate(expected, 1) if len(line) > 63}
+            self.assertEqual(sent, [(number, line[:60] + b"..." if number in long else line)
                                     for number, line in enumerate(expected, 1)])
-            self.assertEqual({batch.first for batch in batches if batch.error}, long)
-            self.assertEqual(sum(batch.events for batch in batches),
-                             sum(bool(line.strip()) for number, line in sent if number not in long))
+            ends = list(itertools.accumulate(len(line) + 1 for line in expected))
+            self.assertEqual([(batch.begin, batch.end) for batch in batches],
+                             [(([0] + ends)[batch.first - 1], ends[batch.first + batch.lines - 2]) for batch in batches])
+            self.assertEqual([batch.lines for batch in batches if batch.first in long], [1] * len(long))
+            self.assertEqual(sum(batch.events for batch in batches), sum(bool(line.strip()) for _, line in sent))
             self.assertLessEqual(max((batch.lines for batch in batches), default=0), size)
-            self.assertLessEqual(max((len(batch.body) for batch in batches), default=0), 65)
+            self.assertLessEqual(max((len(batch.body) for batch in batches), default=0), 64)
             for batch, following in itertools.pairwise(batches):  # none could have been larger
-                self.assertTrue(batch.error or following.error or batch.lines == size
+                self.assertTrue(batch.first in long or following.first in long or batch.lines == size
                                 or len(batch.body) + following.body.index(b"\n") + 1 > 64)
 
     def test_each_line_of_an_odd_file_is_delivered_or_rejected(self):
@@ -3702,6 +3703,8 @@ class Client(SystemTest):
                  "CRLF": (EVENT + b"\r\n", 1, []), "a byte order mark": (bom + b"\n" + EVENT, 1, [bom]),
                  "a line larger than a batch": (huge, 0, [huge]), "a line larger than an event": (long, 0, [long]),
                  "large lines between others": (b"\n".join([EVENT, huge, long, EVENT]), 2, [huge, long]),
+                 "a line of two blocks": (b"x" * 2 * 512 * 1024, 0, [b"x" * 2 * 512 * 1024]),
+                 "a line of blanks": (b" " * 600_000 + b"\n" + EVENT, 1, [b" " * 600_000]),
                  "CR for a line end": (EVENT + b"\r" + EVENT, 0, [EVENT + b"\r" + EVENT])}
         for case, (content, accepted, rejected) in files.items():
             with self.subTest(case):
