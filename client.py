@@ -14,7 +14,6 @@ import contextlib
 import errno
 import hashlib
 import http.client
-import itertools
 import json
 import os
 import random
@@ -261,59 +260,58 @@ def read_batches(delivery, batch_size):
 
 # ---- Requests -------------------------------------------------------------------------------------------------------
 
+class EveryAnswer(urllib.request.HTTPErrorProcessor):
+    """Takes every answer as it is: a redirect is not followed, because it is an error and no delivery."""
+
+    def http_response(self, request, response):
+        """Return the response, whatever its status is."""
+        return response
+
+    https_response = http_response
+
+
 class Sender:
     """Requests to one server, from several threads at once, each repeated until it is answered."""
 
     def __init__(self, url, give_up_after):
         """Prepare requests; raise Failure if EVENTS_AUTHORIZATION cannot be sent."""
         self._url, self._give_up_after = url, give_up_after
-        authorization = os.fsencode(os.environ.get("EVENTS_AUTHORIZATION", "")).strip(b" \t")
+        authorization = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
         if re.search(rb"[\0-\x08\n-\x1f\x7f]", authorization):
             raise Failure("EVENTS_AUTHORIZATION has a line end or another control character in it, which no header can "
                           "carry; set it again without.")
         self._headers = {"Authorization": authorization} if authorization else {}
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
-        self._stopped = threading.Event()
-        self._last_success = time.monotonic()
+        self.stopped = threading.Event()  # set it to let each thread end after the attempt that is under way
         self._reason = "no answer yet"  # why nothing has succeeded since, if that is known
         self._waiting = False  # as we said on stderr
-        # Without the handlers that follow redirects and raise exceptions: a redirect is an error, not a delivery.
-        self._opener = urllib.request.OpenerDirector()
         local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # not the proxy's localhost
-        self._opener.add_handler(urllib.request.ProxyHandler({} if local else None))
-        for name in ("HTTPHandler", "HTTPSHandler", "UnknownHandler"):
-            if hasattr(urllib.request, name):  # without ssl, Python has no HTTPSHandler
-                self._opener.add_handler(getattr(urllib.request, name)())
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None), EveryAnswer)
 
     def ask(self):
         """Tell whether the server takes batches, waiting for it if it is not up yet; raise Failure."""
-        takes_batches = self._result(self._threads.submit(self._until_answered, self._ask))
-        self._post = self._post_batch if takes_batches else self._post_event
-        return takes_batches
+        self._last_success = time.monotonic()  # not before: a large file has taken its time until now
+        self._takes_batches = self._result(self._threads.submit(self._until_answered, self._ask))
+        return self._takes_batches
 
     def answers(self, batches):
-        """Deliver batches, a few at once. Yield, in their order, each batch and the errors of its rejected lines by
-        their numbers, or raise Failure."""
-        batches, pending = iter(batches), []
+        """Deliver an iterator's batches, a few at once. Yield, in their order, each batch and the errors of its rejected
+        lines by their numbers, or raise Failure."""
+        pending = []
         while True:
             if all(answer.done() for _, answer in pending):
                 self._last_success = time.monotonic()  # the server owed us nothing: the time until now was our own
-            for batch in itertools.islice(batches, BATCHES_AHEAD - len(pending)):
+            while len(pending) < BATCHES_AHEAD and (batch := next(batches, None)):
                 pending.append((batch, self._threads.submit(self._until_answered, self._post, batch)))
             if not pending:
                 return
             batch, answer = pending.pop(0)
             yield batch, self._result(answer)
 
-    def stop(self):
-        """Let each thread end after the attempt that is under way, without waiting for it."""
-        self._stopped.set()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     def _until_answered(self, attempt, *arguments):
         """Return what attempt returns; while it raises Retry, repeat it with exponential backoff and jitter."""
         pause, backoff = 0, FIRST_BACKOFF_SECONDS
-        while not self._stopped.wait(pause):
+        while not self.stopped.wait(pause):
             try:
                 result = attempt(*arguments)
                 self._last_success, self._reason = time.monotonic(), None
@@ -341,34 +339,31 @@ class Sender:
                               "this command again to go on.")
 
     def _ask(self):
-        status, headers, payload = self._exchange("OPTIONS", None, {})
-        if status in (404, 405, 501):
-            return False
-        self._check(status, payload)
+        _, headers, _ = self._request("OPTIONS", None, {}, expected=(404, 405, 501))
         return NDJSON in headers.get("Accept-Post", "")
 
-    def _post_batch(self, batch):
-        """Return the errors of the rejected lines by their numbers, when the answer accounts for every line."""
-        status, _, payload = self._exchange("POST", batch.body, _event_id(batch) | {"Content-Type": NDJSON})
-        self._check(status, payload)
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            answer = json.loads(payload)
-            errors = {entry["line"]: str(entry["error"]) for entry in answer["rejected"]}
-            lines = batch.body.split(b"\n") if errors else []
-            if (status == 200 and len(errors) == len(answer["rejected"])
-                    and all(line in range(1, len(lines)) and lines[line - 1].strip() for line in errors)
-                    and 0 <= answer["accepted"] == batch.events - len(errors)):
-                return {batch.first + line - 1: error for line, error in errors.items()}
-        raise Retry(f"the answer {_words(payload)} does not account for every line")
+    def _post(self, batch):
+        """Return the errors of the rejected lines by their numbers; lines that are all blank are not sent."""
+        if not batch.events:
+            return {}
+        content_type, expected = (NDJSON, ()) if self._takes_batches else (JSON, (400, 413, 422))
+        headers = {"Content-Type": content_type, "Producer-Id": batch.producer, "Sequence": str(batch.first)}
+        status, _, payload = self._request("POST", batch.body, headers, expected)
+        if self._takes_batches:
+            return _rejected_lines(batch, status, payload)
+        return {batch.first: _words(payload)} if status in expected else {}
 
-    def _post_event(self, batch):
-        """Return the error of a single line by its number if the server rejects it; a blank line is not sent."""
-        if batch.events:
-            status, _, payload = self._exchange("POST", batch.body.strip(), _event_id(batch) | {"Content-Type": JSON})
-            if status in (400, 413, 422):
-                return {batch.first: _words(payload)}
-            self._check(status, payload)
-        return {}
+    def _request(self, method, body, headers, expected):
+        """Return (status, headers, payload) for a status of success or an expected one; else raise Retry or Failure."""
+        status, headers, payload = self._exchange(method, body, headers)
+        if 200 <= status < 300 or status in expected:
+            return status, headers, payload
+        words = f"status {status}: {_words(payload)}"
+        if status in (408, 429) or status >= 500:
+            raise Retry(words)
+        advice = {401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.",
+                  413: " Lower --batch-size."}
+        raise Failure(f"{self._url} answered with {words}.{advice.get(status, '')}")
 
     def _exchange(self, method, body, headers):
         """Return (status, headers, payload), or raise Retry when there is no answer."""
@@ -382,20 +377,19 @@ class Sender:
             reason = getattr(error, "reason", None) or error
             raise Retry(getattr(reason, "strerror", None) or str(reason) or type(reason).__name__) from error
 
-    def _check(self, status, payload):
-        """Return after a status of success; else raise Retry or Failure."""
-        words = f"status {status}: {_words(payload)}"
-        if status in (408, 429) or status >= 500:
-            raise Retry(words)
-        if not 200 <= status < 300:
-            advice = {401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.",
-                      413: " Lower --batch-size."}
-            raise Failure(f"{self._url} answered with {words}.{advice.get(status, '')}")
 
-
-def _event_id(batch):
-    """Return the headers with the id of a batch's first line."""
-    return {"Producer-Id": batch.producer, "Sequence": str(batch.first)}
+def _rejected_lines(batch, status, payload):
+    """Return the errors of a batch's rejected lines by their numbers, or raise Retry if the answer does not account for
+    every line."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        answer = json.loads(payload)
+        errors = {entry["line"]: str(entry["error"]) for entry in answer["rejected"]}
+        lines = batch.body.split(b"\n") if errors else []
+        if (status == 200 and len(errors) == len(answer["rejected"])
+                and all(line in range(1, len(lines)) and lines[line - 1].strip() for line in errors)
+                and 0 <= answer["accepted"] == batch.events - len(errors)):
+            return {batch.first + line - 1: error for line, error in errors.items()}
+    raise Retry(f"the answer {_words(payload)} does not account for every line")
 
 
 def _words(payload):
@@ -415,7 +409,7 @@ def send(delivery, sender, batch_size):
             delivery.settle(batch, errors)
             progress.show(delivery.accepted, batch.end)
     finally:
-        sender.stop()
+        sender.stopped.set()
     delivery.sync_rejected()
 
 
