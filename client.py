@@ -1,12 +1,14 @@
-"""Send the events of a file to the server, then exit.
+"""Send the events of a file to the server, each exactly once, then exit.
 
-Every line counts once. A request carries the delivery's producer id and the number of its first line, by which the
-system recognises a line that is sent again. FILE.delivery keeps the producer id from before the first request until
-every line has been answered: after a kill, the same command goes on.
+FILE.delivery keeps the delivery's producer id from before the first request
+until every line has been answered. With it and a line's number the system
+recognises a line that is sent again: after a kill, run the same command again.
+EVENTS_AUTHORIZATION is sent as the Authorization header.
 
-The parts, in order: what is printed; the delivery of a file; batches; requests; the run. This file
-needs Python's standard library alone and can be copied to any machine by itself.
+Example: python client.py events.jsonl --url http://localhost:8000/liveEvent
 """
+# The parts, in order: what is printed; the delivery of a file; batches; requests; the run. This file needs Python's
+# standard library alone and can be copied to any machine by itself.
 import argparse
 import collections
 import concurrent.futures
@@ -20,7 +22,6 @@ import random
 import re
 import secrets
 import signal
-import stat
 import sys
 import threading
 import time
@@ -41,7 +42,7 @@ REQUEST_SECONDS = 10  # without a byte from the server
 MAX_ANSWER_BYTES = 8 * 1024 * 1024  # 10,000 lines with an error each
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 5.0
 GRACE_SECONDS = 1  # for an attempt under way when the time is up; also how long we wait without saying so
-PROGRESS_SECONDS = 0.2
+PROGRESS_SECONDS = 0.5
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
 BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*+(?=\n)")  # with the newline before it
@@ -71,29 +72,9 @@ def write(stream, line, end="\n"):
         os.write(stream.fileno(), (clear + line + end).encode(stream.encoding, "backslashreplace"))
 
 
-def say(line):
-    """Print a line on stdout."""
-    write(sys.stdout, line)
-
-
 def warn(line):
     """Print a line on stderr."""
     write(sys.stderr, line)
-
-
-class Progress:
-    """A line on stderr that is written anew a few times a second, after the first, when stderr is a terminal."""
-
-    def __init__(self, size):
-        self._size, self._begun = size, time.monotonic()
-        self._next = self._begun + 1
-
-    def show(self, events, done):
-        """Show a number of events, and how many bytes of the file they are."""
-        now = time.monotonic()
-        if now >= self._next and sys.stderr and sys.stderr.isatty():  # it is None when it was closed at the start
-            self._next, rate = now + PROGRESS_SECONDS, events / (now - self._begun)
-            write(sys.stderr, f"{events:,} events, {done / self._size:.0%}, {rate:,.0f}/s", end="")
 
 
 # ---- The delivery of a file -----------------------------------------------------------------------------------------
@@ -101,7 +82,7 @@ class Progress:
 def open_regular(path, flags):
     """Open a regular file, or raise Failure if it is something else, such as a pipe, which is not waited for."""
     file = open(path, "rb", opener=lambda path, _: os.open(path, flags | os.O_NONBLOCK, 0o640))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    if not os.path.isfile(file.fileno()):
         raise Failure(f"{path} is not a regular file. Name a file that has an event on each line.")
     return file
 
@@ -133,7 +114,7 @@ class Delivery:
 
     def __init__(self, name, restart=False):
         """Lock the file's delivery and go on with it, or begin a new one; raise Failure or OSError."""
-        self.name = name
+        self.name, self.begun = name, time.monotonic()
         self.path = os.path.realpath(name)  # a file has one delivery, whichever link leads to it
         self._state_path = self.path + ".delivery"
         self._file = open_regular(self.path, os.O_RDONLY)
@@ -151,9 +132,9 @@ class Delivery:
         os.fsync(self._state.fileno())  # when it goes on, too: the client before may have been killed just here
         sync_directory(self.path)
         self.answered = self.accepted = self.rejected = 0  # lines, of which events
-        self.rejected_path = f"{self.path}.rejected-{self.producer}"
+        self._rejected_path = f"{self.path}.rejected-{self.producer}"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.rejected_path)  # a killed client wrote it: all lines are sent, and collected, again
+            os.unlink(self._rejected_path)  # a killed client wrote it: all lines are sent, and collected, again
 
     def _lock(self):
         """Return FILE.delivery, open and locked, or raise Failure if another client has locked it."""
@@ -202,7 +183,7 @@ class Delivery:
     def settle(self, batch, errors):
         """Count an answered batch; report and collect its rejected lines, given their errors by their numbers."""
         if errors and not self.rejected:
-            self._rejected_file = open_regular(self.rejected_path, os.O_WRONLY | os.O_CREAT)
+            self._rejected_file = open_regular(self._rejected_path, os.O_WRONLY | os.O_CREAT)
         lines = re.finditer(rb".*+\n", batch.body) if errors else []
         for number, line in enumerate(lines, batch.first):
             if number in errors:
@@ -217,14 +198,17 @@ class Delivery:
         for offset in range(begin, end, BATCH_BYTES):
             write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, end - offset)))
 
-    def sync_rejected(self):
-        """Make the collected lines durable, if there are any."""
+    def end(self):
+        """Make the collected lines durable, print the receipt, and forget the delivery: every line was answered.
+
+        A client that is killed before it forgets goes on when it is run again.
+        """
         if self.rejected:
             os.fsync(self._rejected_file.fileno())
             sync_directory(self.path)
-
-    def end(self):
-        """Forget the delivery: every line was answered."""
+            warn(f"The rejected lines are in {self._rejected_path}; mend them, then send that file.")
+        seconds = time.monotonic() - self.begun
+        write(sys.stdout, f"{self.accepted:,} events accepted, {self.rejected:,} rejected, in {seconds:.1f} s")
         with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
             os.unlink(self._state_path)
         with contextlib.suppress(OSError):  # it may come back after a power cut: to go on then changes nothing
@@ -402,15 +386,18 @@ def _words(payload):
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 def send(delivery, sender, batch_size):
-    """Deliver every line, or raise Failure or OSError."""
-    progress = Progress(delivery.size)
+    """Deliver every line, showing on a terminal how far it is, or raise Failure or OSError."""
+    shown = delivery.begun
     try:
         for batch, errors in sender.answers(read_batches(delivery, batch_size if sender.ask() else 1)):
             delivery.settle(batch, errors)
-            progress.show(delivery.accepted, batch.end)
+            now = time.monotonic()
+            if now - shown >= PROGRESS_SECONDS and sys.stderr and sys.stderr.isatty():  # None if closed at the start
+                shown, rate = now, delivery.accepted / (now - delivery.begun)
+                done = f"{batch.end / delivery.size:.0%}"
+                write(sys.stderr, f"{delivery.accepted:,} events, {done}, {rate:,.0f}/s", end="")
     finally:
         sender.stopped.set()
-    delivery.sync_rejected()
 
 
 class Parser(argparse.ArgumentParser):
@@ -423,15 +410,14 @@ class Parser(argparse.ArgumentParser):
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = Parser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Send the events of a file to the server, each exactly once. When it was stopped, run it again.",
-        epilog="Example: python client.py events.jsonl --url http://localhost:8000/liveEvent. EVENTS_AUTHORIZATION is "
-               "sent as the Authorization header.")
-    parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line")
-    parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="where the server takes events")
-    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES", help="at most so many lines a request")
-    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="without any success")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
+    parser.add_argument("--url", default="http://localhost:8000/liveEvent",
+                        help="where the server takes events (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES",
+                        help="at most so many lines a request (default: %(default)s)")
+    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS",
+                        help="without any success (default: %(default)s)")
     parser.add_argument("--restart", action="store_true", help="send the whole file as a new delivery in any case")
     parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)
@@ -457,24 +443,18 @@ def main(arguments=None):
     for number in signal.SIGINT, signal.SIGTERM:  # at once: .delivery is all that the next run needs
         signal.signal(number, lambda number, _: os._exit(128 + number))
     options = parse_command_line(arguments)
-    begun, delivery = time.monotonic(), None
+    delivery = None
     try:
         sender = Sender(options.url, options.give_up_after)
         delivery = Delivery(options.file, options.restart)
         send(delivery, sender, options.batch_size)
-        # The receipt comes before the delivery is forgotten: a client that is killed in between goes on when run again.
-        seconds = time.monotonic() - begun
-        say(f"{delivery.accepted:,} events accepted, {delivery.rejected:,} rejected, in {seconds:.1f} s")
-        if delivery.rejected:
-            warn(f"The rejected lines are in {delivery.rejected_path}; mend them, then send that file.")
         delivery.end()
         return 1 if delivery.rejected else 0
     except Failure as failure:
         warn(str(failure))
     except OSError as error:
-        advice = "Name another file" if error.errno == errno.ENOENT else (
-            "Give client.py a file that it can read, in a directory where it can write, then run this command again")
-        warn(f"{error.filename or options.file}: {error.strerror}. {advice}.")
+        warn(f"{error.filename or options.file}: {error.strerror}. Give client.py a file that it can read, in a "
+             "directory where it can write, then run this command again.")
     if delivery:
         warn(f"Delivery is unknown from line {delivery.answered + 1} on.")
     return 1
