@@ -41,7 +41,7 @@ BATCHES_AHEAD = 2 * CONCURRENT_REQUESTS  # read and not yet answered: all that i
 REQUEST_SECONDS = 10  # without a byte from the server
 MAX_ANSWER_BYTES = 8 * 1024 * 1024  # 10,000 lines with an error each
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 5.0
-GRACE_SECONDS = 1  # for an attempt under way when the time is up; also how long we wait without saying so
+SILENT_SECONDS = 1  # in these we count the time without success; after the first one we say that we wait
 PROGRESS_SECONDS = 0.5
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
@@ -267,15 +267,13 @@ class Sender:
         self._headers = {"Authorization": authorization} if authorization else {}
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
         self.stopped = threading.Event()  # set it to let each thread end after the attempt that is under way
-        self._reason = "no answer yet"  # why nothing has succeeded since, if that is known
-        self._waiting = False  # as we said on stderr
+        self._reason = "no answer yet"  # why an attempt failed after the last success, if one did
         local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # not the proxy's localhost
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None), EveryAnswer)
 
     def ask(self):
         """Tell whether the server takes batches, waiting for it if it is not up yet; raise Failure."""
-        self._last_success = time.monotonic()  # not before: a large file has taken its time until now
-        self._takes_batches = self._result(self._threads.submit(self._until_answered, self._ask))
+        self._takes_batches = self._first_result([self._threads.submit(self._until_answered, self._ask)])
         return self._takes_batches
 
     def answers(self, batches):
@@ -283,14 +281,12 @@ class Sender:
         lines by their numbers, or raise Failure."""
         pending = []
         while True:
-            if all(answer.done() for _, answer in pending):
-                self._last_success = time.monotonic()  # the server owed us nothing: the time until now was our own
             while len(pending) < BATCHES_AHEAD and (batch := next(batches, None)):
                 pending.append((batch, self._threads.submit(self._until_answered, self._post, batch)))
             if not pending:
                 return
-            batch, answer = pending.pop(0)
-            yield batch, self._result(answer)
+            errors = self._first_result([answer for _, answer in pending])
+            yield pending.pop(0)[0], errors
 
     def _until_answered(self, attempt, *arguments):
         """Return what attempt returns; while it raises Retry, repeat it with exponential backoff and jitter."""
@@ -298,29 +294,33 @@ class Sender:
         while not self.stopped.wait(pause):
             try:
                 result = attempt(*arguments)
-                self._last_success, self._reason = time.monotonic(), None
+                self._reason = None
                 return result
             except Retry as error:
                 self._reason = str(error)
             pause, backoff = random.uniform(backoff / 2, backoff), min(2 * backoff, MAX_BACKOFF_SECONDS)
 
-    def _result(self, future):
-        """Return the result of a future. Say on stderr that the server keeps us waiting, and raise Failure when nothing
-        at all has succeeded for too long, even if an answer is still coming in."""
-        while True:
-            last_success = self._last_success
-            late = time.monotonic() - last_success > self._give_up_after
-            done, _ = concurrent.futures.wait([future], GRACE_SECONDS)
-            silent = time.monotonic() - self._last_success > GRACE_SECONDS
-            if silent != self._waiting and (self._reason or not silent):
-                self._waiting = silent
-                warn(f"Waiting for {self._url}: {self._reason}." if silent else f"{self._url} answers.")
-            if done:
-                return future.result()
-            if late and last_success == self._last_success:
+    def _first_result(self, futures):
+        """Return the result of the first of some futures. Say on stderr that the server keeps us waiting, and raise
+        Failure when none of them has succeeded for too long, even if an answer is still coming in.
+
+        Only the seconds that we wait here are counted: not those that a stopped client stood still.
+        """
+        silence, said = 0, False
+        _, unanswered = concurrent.futures.wait(futures, 0)
+        while futures[0] in unanswered:
+            answered, unanswered = concurrent.futures.wait(unanswered, SILENT_SECONDS, "FIRST_COMPLETED")
+            silence = 0 if answered else silence + SILENT_SECONDS
+            if silence and self._reason and not said:
+                said = True
+                warn(f"Waiting for {self._url}: {self._reason}.")
+            if silence > self._give_up_after:
                 raise Failure(f"Gave up after {self._give_up_after:g} s without success at {self._url}: "
                               f"{self._reason or 'no answer'}. Start the server, or name another with --url; then run "
                               "this command again to go on.")
+        if said:
+            warn(f"{self._url} answers.")
+        return futures[0].result()
 
     def _ask(self):
         _, headers, _ = self._request("OPTIONS", None, {}, expected=(404, 405, 501))
