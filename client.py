@@ -25,7 +25,6 @@ import signal
 import sys
 import threading
 import time
-import urllib.parse
 import urllib.request
 
 if sys.version_info < (3, 11):
@@ -46,7 +45,6 @@ PROGRESS_SECONDS = 0.5
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
 BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*+(?=\n)")  # with the newline before it
-PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 class Failure(Exception):
@@ -152,16 +150,14 @@ class Delivery:
         """Return the producer id of an unfinished delivery of this content, or None if nothing was sent yet; raise
         Failure if something else was sent."""
         line = os.pread(self._state.fileno(), os.fstat(self._state.fileno()).st_size, 0)
-        fault = f"{self._state_path} cannot be understood."
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             state = json.loads(line)
-            if PRODUCER_ID.fullmatch(state["producerId"]):
-                if (state["size"], state["sha256"]) == (content["size"], content["sha256"]):
-                    return state["producerId"]  # also without a newline: earlier versions of this client wrote none
-                fault = f"{self.name} has changed since its unfinished delivery began."
+            if state | content == state and re.fullmatch("[A-Za-z0-9_-]{1,64}", state["producerId"]):
+                return state["producerId"]  # also without a newline: earlier versions of this client wrote none
         if line.endswith(b"\n"):
-            raise Failure(f"{fault} Restore it, or run again with --restart to send the whole file as a new delivery; "
-                          "lines that were already delivered then count twice.")
+            raise Failure(f"{self.name} has changed since its unfinished delivery began, or {self._state_path} cannot "
+                          "be understood. Restore it, or run again with --restart to send the whole file as a new "
+                          "delivery; lines that were already delivered then count twice.")
         return None
 
     def read(self, offset, size):
@@ -268,7 +264,7 @@ class Sender:
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
         self.stopped = threading.Event()  # set it to let each thread end after the attempt that is under way
         self._reason = "no answer yet"  # why an attempt failed after the last success, if one did
-        local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # not the proxy's localhost
+        local = re.match(r"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url)  # not to the proxy
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None), EveryAnswer)
 
     def ask(self):
@@ -277,8 +273,8 @@ class Sender:
         return self._takes_batches
 
     def answers(self, batches):
-        """Deliver an iterator's batches, a few at once. Yield, in their order, each batch and the errors of its rejected
-        lines by their numbers, or raise Failure."""
+        """Deliver an iterator's batches, a few at once. Yield, in their order, each batch and the errors of its
+        rejected lines by their numbers, or raise Failure."""
         pending = []
         while True:
             while len(pending) < BATCHES_AHEAD and (batch := next(batches, None)):
@@ -412,8 +408,7 @@ def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
-    parser.add_argument("--url", default="http://localhost:8000/liveEvent",
-                        help="where the server takes events (default: %(default)s)")
+    parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="of the server (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES",
                         help="at most so many lines a request (default: %(default)s)")
     parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS",
@@ -425,15 +420,10 @@ def parse_command_line(arguments):
         parser.error("--batch-size must be from 1 to 10000")
     if not options.give_up_after >= 0:
         parser.error("--give-up-after must not be negative")
-    try:
-        url = urllib.parse.urlsplit(options.url)
-        valid = (url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
-                 and re.fullmatch("[!-~]+", options.url))
-    except ValueError:
-        valid = False
-    if not valid:
+    url = re.fullmatch(r"https?://(?:[\w.-]+|\[[\w.:%]+\])(?::(\d{1,5}))?(?:[/?][!-~]*)?", options.url, re.ASCII)
+    if not url or not 1 <= int(url[1] or 80) <= 65_535:
         parser.error("--url must look like http://localhost:8000/liveEvent; a password belongs in EVENTS_AUTHORIZATION")
-    if url.scheme == "https" and not hasattr(http.client, "HTTPSConnection"):
+    if options.url.startswith("https") and not hasattr(http.client, "HTTPSConnection"):
         parser.error("--url cannot begin with https: this Python has no ssl module")
     return options
 
