@@ -91,9 +91,10 @@ def write_all(file, data):
         data = data[os.write(file.fileno(), data):]
 
 
-def sync_directory(path):
-    """Make the names in path's directory durable, if its file system can do that."""
-    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+def sync(file):
+    """Make a file durable, and its name or the loss of it, if its file system can sync directories."""
+    os.fsync(file.fileno())
+    directory = os.open(os.path.dirname(file.name), os.O_RDONLY)
     try:
         os.fsync(directory)
     except OSError as error:
@@ -113,10 +114,9 @@ class Delivery:
     def __init__(self, name, restart=False):
         """Lock the file's delivery and go on with it, or begin a new one; raise Failure or OSError."""
         self.name, self.begun = name, time.monotonic()
-        self.path = os.path.realpath(name)  # a file has one delivery, whichever link leads to it
-        self._state_path = self.path + ".delivery"
-        self._file = open_regular(self.path, os.O_RDONLY)
-        self._state = self._lock()
+        path = os.path.realpath(name)  # a file has one delivery, whichever link leads to it
+        self._file = open_regular(path, os.O_RDONLY)
+        self._state = self._lock(f"{path}.delivery")
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()
         self.size = self._file.tell()  # lines that are appended from now on belong to another delivery
         content = {"size": self.size, "sha256": digest}
@@ -127,23 +127,22 @@ class Delivery:
             self.producer = secrets.token_urlsafe(16)
             os.ftruncate(self._state.fileno(), 0)
             write_all(self._state, json.dumps({"producerId": self.producer} | content).encode() + b"\n")
-        os.fsync(self._state.fileno())  # when it goes on, too: the client before may have been killed just here
-        sync_directory(self.path)
+        sync(self._state)  # when it goes on, too: the client before may have been killed just here
         self.answered = self.accepted = self.rejected = 0  # lines, of which events
-        self._rejected_path = f"{self.path}.rejected-{self.producer}"
+        self._rejected_path = f"{path}.rejected-{self.producer}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._rejected_path)  # a killed client wrote it: all lines are sent, and collected, again
 
-    def _lock(self):
+    def _lock(self, path):
         """Return FILE.delivery, open and locked, or raise Failure if another client has locked it."""
         while True:
-            state = open_regular(self._state_path, os.O_RDWR | os.O_CREAT)
+            state = open_regular(path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Failure(f"{self.name} is being sent by another client; wait until it is done.") from None
             with contextlib.suppress(FileNotFoundError):  # then another client has just finished and removed it
-                if os.path.samestat(os.fstat(state.fileno()), os.stat(self._state_path)):
+                if os.path.samestat(os.fstat(state.fileno()), os.stat(path)):
                     return state
 
     def _unfinished(self, content):
@@ -155,7 +154,7 @@ class Delivery:
             if state | content == state and re.fullmatch("[A-Za-z0-9_-]{1,64}", state["producerId"]):
                 return state["producerId"]  # also without a newline: earlier versions of this client wrote none
         if line.endswith(b"\n"):
-            raise Failure(f"{self.name} has changed since its unfinished delivery began, or {self._state_path} cannot "
+            raise Failure(f"{self.name} has changed since its unfinished delivery began, or {self._state.name} cannot "
                           "be understood. Restore it, or run again with --restart to send the whole file as a new "
                           "delivery; lines that were already delivered then count twice.")
         return None
@@ -200,15 +199,14 @@ class Delivery:
         A client that is killed before it forgets goes on when it is run again.
         """
         if self.rejected:
-            os.fsync(self._rejected_file.fileno())
-            sync_directory(self.path)
+            sync(self._rejected_file)
             warn(f"The rejected lines are in {self._rejected_path}; mend them, then send that file.")
         seconds = time.monotonic() - self.begun
         write(sys.stdout, f"{self.accepted:,} events accepted, {self.rejected:,} rejected, in {seconds:.1f} s")
         with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
-            os.unlink(self._state_path)
+            os.unlink(self._state.name)
         with contextlib.suppress(OSError):  # it may come back after a power cut: to go on then changes nothing
-            sync_directory(self.path)
+            sync(self._state)
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
