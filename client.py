@@ -262,7 +262,8 @@ class Sender:
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
         self.stopped = threading.Event()  # set it to let each thread end after the attempt that is under way
         self._reason = "no answer yet"  # why an attempt failed after the last success, if one did
-        local = re.match(r"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url)  # not to the proxy
+        # A proxy would take these names for its own machine.
+        local = re.match(r"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url)
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None), EveryAnswer)
 
     def ask(self):
@@ -301,10 +302,10 @@ class Sender:
         Only the seconds that we wait here are counted: not those that a stopped client stood still.
         """
         silence, said = 0, False
-        _, unanswered = concurrent.futures.wait(futures, 0)
-        while futures[0] in unanswered:
-            answered, unanswered = concurrent.futures.wait(unanswered, SILENT_SECONDS, "FIRST_COMPLETED")
-            silence = 0 if answered else silence + SILENT_SECONDS
+        answered = sum(future.done() for future in futures)
+        while not concurrent.futures.wait(futures[:1], SILENT_SECONDS).done:
+            before, answered = answered, sum(future.done() for future in futures)
+            silence = 0 if answered > before else silence + SILENT_SECONDS
             if silence and self._reason and not said:
                 said = True
                 warn(f"Waiting for {self._url}: {self._reason}.")
