@@ -3855,6 +3855,22 @@ class Client(SystemTest):
                                   for sequence, user in (("1", "user1"), ("3", "bad"), ("4", "user1"))])
                 self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
 
+    def test_a_line_too_long_for_a_batch_is_rejected_by_a_server_of_single_events(self):
+        def answer(_count, body):
+            try:
+                json.loads(body)
+            except ValueError:
+                return 413, {}, b'{"error": "too long"}'
+            return 200, {}, b"Event received"
+        long = EVENT + b" " * 600_000  # JSON, if it were sent whole or cut among the blanks
+        self.path("events.jsonl", long + b"\n" + EVENT)
+        with Recorder(options=[(404, {}, b"")], post=answer) as server:
+            output, errors = self.client("--url", server.url, status=1)
+        self.assertIn("1 events accepted, 1 rejected", output)
+        self.assertIn("events.jsonl:1: too long\n", errors)
+        self.assertEqual(self.rejected_files(), [long + b"\n"])
+        self.assertLessEqual(max(len(body) for _, body in server.posts), 512 * 1024)
+
     FULL = b'{"accepted": 2, "rejected": [{"line": 2, "error": "e"}]}'
 
     def assertTriedAgain(self, answers):
