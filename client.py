@@ -58,16 +58,15 @@ class Retry(Exception):
 # ---- What is printed ------------------------------------------------------------------------------------------------
 
 def write(stream, line, end="\n"):
-    """Write a line on stdout or stderr, without what a terminal would obey and without the password of a URL.
-
-    A stream that is closed, full or broken changes no outcome: nothing is raised, and nothing stays in a buffer to fail
-    when Python exits. On a terminal the line takes the place of a progress line.
-    """
+    """Write a line on stdout or stderr, without what a terminal would obey and without the password of a URL. A line
+    without an end shows progress: on a terminal the next one takes its place, elsewhere it is left out. A stream that
+    is closed, full or broken raises nothing, and nothing stays in a buffer to fail when Python exits."""
     line = re.sub(r"(?<=/)[^\s/:]*:\S*@", "", line)
     line = "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in line])
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        clear = "\r\033[K" * stream.isatty()
-        os.write(stream.fileno(), (clear + line + end).encode(stream.encoding, "backslashreplace"))
+        terminal = stream.isatty()
+        if terminal or end:
+            os.write(stream.fileno(), ("\r\033[K" * terminal + line + end).encode(stream.encoding, "backslashreplace"))
 
 
 def warn(line):
@@ -252,12 +251,9 @@ class Sender:
     """Requests to one server, from several threads at once, each repeated until it is answered."""
 
     def __init__(self, url, give_up_after):
-        """Prepare requests; raise Failure if EVENTS_AUTHORIZATION cannot be sent."""
+        """Prepare requests; nothing is sent yet."""
         self._url, self._give_up_after = url, give_up_after
         authorization = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
-        if re.search(rb"[\0-\x08\n-\x1f\x7f]", authorization):
-            raise Failure("EVENTS_AUTHORIZATION has a line end or another control character in it, which no header can "
-                          "carry; set it again without.")
         self._headers = {"Authorization": authorization} if authorization else {}
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
         self.stopped = threading.Event()  # set it to let each thread end after the attempt that is under way
@@ -351,7 +347,7 @@ class Sender:
             with self._opener.open(request, timeout=REQUEST_SECONDS) as response:
                 return response.status, response.headers, response.read(MAX_ANSWER_BYTES)
         except (ValueError, http.client.InvalidURL) as error:  # whose words may hold a password
-            raise Failure(f"{self._url}, or the proxy that the environment names, is malformed. Correct it.") from error
+            raise Failure(f"{self._url}, the proxy or EVENTS_AUTHORIZATION is malformed. Correct it.") from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise Retry(getattr(reason, "strerror", None) or str(reason) or type(reason).__name__) from error
@@ -386,11 +382,9 @@ def send(delivery, sender, batch_size):
     try:
         for batch, errors in sender.answers(read_batches(delivery, batch_size if sender.ask() else 1)):
             delivery.settle(batch, errors)
-            now = time.monotonic()
-            if now - shown >= PROGRESS_SECONDS and sys.stderr and sys.stderr.isatty():  # None if closed at the start
-                shown, rate = now, delivery.accepted / (now - delivery.begun)
-                done = f"{batch.end / delivery.size:.0%}"
-                write(sys.stderr, f"{delivery.accepted:,} events, {done}, {rate:,.0f}/s", end="")
+            if time.monotonic() - shown >= PROGRESS_SECONDS:
+                shown = time.monotonic()
+                write(sys.stderr, f"{delivery.accepted:,} events, {batch.end / delivery.size:.0%}", end="")
     finally:
         sender.stopped.set()
 

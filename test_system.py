@@ -3997,7 +3997,7 @@ class Client(SystemTest):
                 output, errors = self.client(*arguments, "--give-up-after", 0, status=status, **environment)
                 self.assertNotIn("S3cret", output + errors)
                 self.assertTrue(errors)
-        self.assertIn("EVENTS_AUTHORIZATION has a line end", self.client(status=1, EVENTS_AUTHORIZATION="a\nb")[1])
+        self.assertIn("EVENTS_AUTHORIZATION is malformed", self.client(status=1, EVENTS_AUTHORIZATION="a\nb")[1])
 
     def test_what_is_typed_wrong_is_said_in_a_sentence(self):
         os.mkfifo(self.path("pipe"))
