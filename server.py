@@ -39,9 +39,7 @@ import psycopg2
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_LINES = 10_000
-MAX_LINE_BYTES = 16 * 1024  # a request line, a header, a chunk's size
-MAX_HEAD_BYTES = 64 * 1024
-MAX_HEADERS = 100
+MAX_HEAD_BYTES = 64 * 1024  # of a request line and headers; of a chunk's size and trailers
 DECODED_BATCHES = 8  # at once, in each worker
 GROUP_BYTES = 16 * 1024 * 1024  # of lines that wait for the disk, in each worker, before further ones wait for them
 
@@ -264,10 +262,11 @@ class Database:
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-TOKEN = r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+)"
-REQUEST_LINE = re.compile(TOKEN + r" ([!-~\x80-\xff]+) (HTTP/([0-9])\.[0-9])\r\n")
-HEADER = re.compile(TOKEN + r":([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
-CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+HEADER = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+HEADERS = rf"((?:{HEADER.pattern})*+)\r\n"
+HEAD = re.compile(rf"(?:\r\n)?({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[0-9]\.[0-9])\r\n{HEADERS}")
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;[^\0\r\n]*)?\r\n(?:{HEADERS})?")
 ABSOLUTE_FORM = re.compile(r"(?i)https?://([^/?#]*)(/.*)")
 LOOPBACK_HOST = re.compile(r"(?i)(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?")
 ONCE = {"host", "authorization", "content-length", "transfer-encoding", "content-type", "content-encoding",
@@ -358,43 +357,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Read and check the request line and the headers, or raise Refusal."""
-        line = self.read_line(414)
-        if line == "\r\n":  # RFC 9112, 2.2: some clients send one too many after a body
-            line = self.read_line(414)
-        match = REQUEST_LINE.fullmatch(line)
-        require(match, 400, "malformed request line")
-        self.command, target, self.request_version, major = match.groups()
-        require(major == "1", 505, "the server speaks HTTP/1.1")
-        self.headers = self.read_headers()
+        match = HEAD.fullmatch(self.read_head())
+        require(match, 400, "malformed request line or header")
+        self.command, target, self.request_version, lines = match.group(1, 2, 3, 4)
+        require(self.request_version.startswith("HTTP/1."), 505, "the server speaks HTTP/1.1")
+        self.headers = {}
+        for name, value in HEADER.findall(lines):
+            name, value = name.lower(), value.strip(" \t")
+            require(name not in self.headers or name not in ONCE, 400, "a header is repeated that must stand once")
+            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
         self.check_framing()
         if absolute := ABSOLUTE_FORM.fullmatch(target):  # RFC 9112, 3.2.2: it overrides Host
             self.headers["host"], target = absolute.groups()
         self.path = target.partition("?")[0]  # still percent-encoded
         self.check_access()
 
-    def read_line(self, too_long=431):
-        """Return the next line of the head or of the chunked framing, or raise Refusal."""
-        line = self.rfile.readline(MAX_LINE_BYTES + 1)
-        require(len(line) <= MAX_LINE_BYTES, too_long, "a line is too long")
+    def read_head(self, head=""):
+        """Return head, which is nothing or a line, and the lines behind it up to an empty one, or raise Refusal.
+
+        An empty line before all others does not end them (RFC 9112, 2.2: some clients send one too many after a body).
+        Bare line feeds do: they make a malformed head, which must be refused and not waited for.
+        """
+        while not head.endswith(("\n\r\n", "\n\n")):
+            head += self.read_line(MAX_HEAD_BYTES - len(head), 431 if head else 414)
+        return head
+
+    def read_line(self, limit, too_long):
+        """Return the next line, or raise Refusal, with the status too_long if it has more than limit bytes."""
+        line = self.rfile.readline(limit + 1)
+        require(len(line) <= limit, too_long, "the request line, the headers or a chunk's size are too long")
         require(line.endswith(b"\n"), *NOT_WHOLE)
         return line.decode("latin-1")
-
-    def read_headers(self):
-        """Return {lower-case name: value} of the headers up to the empty line, or raise Refusal."""
-        headers, size = {}, 0
-        for _ in range(MAX_HEADERS + 1):
-            line = self.read_line()
-            if line == "\r\n":
-                return headers
-            size += len(line)
-            match = HEADER.fullmatch(line)
-            require(match, 400, "malformed header")
-            name, value = match[1].lower(), match[2].strip(" \t")
-            require(name not in headers or name not in ONCE, 400, "a header is repeated that must stand once")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-            if size > MAX_HEAD_BYTES:
-                break
-        raise Refusal(431, "too many headers")
 
     def check_framing(self):
         """Find out whether the connection is kept and how long the body is: length is a number of bytes, or None if the
@@ -442,17 +435,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_chunks(self):
         """Return the body of a chunked request (RFC 9112, 7.1); extensions and trailers are read and dropped."""
-        chunks, total = [], 0
+        body = bytearray()
         while True:
-            match = CHUNK_SIZE.fullmatch(self.read_line(400))
+            line = self.read_line(MAX_HEAD_BYTES, 400)
+            match = CHUNK.fullmatch(line)
             require(match, 400, "malformed chunk size")
             size = int(match[1], 16)
             if size == 0:
-                self.read_headers()
-                return b"".join(chunks)
-            total += size
-            require(total <= MAX_BODY_BYTES, *TOO_LARGE)
-            chunks.append(self.read_exactly(size))
+                require(CHUNK.fullmatch(self.read_head(line)), 400, "malformed trailer")
+                return bytes(body)
+            require(len(body) + size <= MAX_BODY_BYTES, *TOO_LARGE)
+            body += self.read_exactly(size)
             require(self.read_exactly(2) == b"\r\n", 400, "a chunk is longer than its size")
 
     # -- The methods: each returns (status, body, headers), or None when the log sends the answer

@@ -2818,9 +2818,9 @@ class Http(SystemTest):
 
     def test_a_head_that_is_too_large_is_refused_with_431(self):
         self.assertRefused(431, {
-            "300 fields": post(*[f"X-{i}: x" for i in range(300)], body=EVENT),
+            "10,000 fields": post(*[f"X-{i}: x" for i in range(10_000)], body=EVENT),
             "a field of 70,000 bytes": post("X: " + "x" * 70_000, body=EVENT),
-            "a trailer of 300 fields": chunked(EVENT, end=b"0\r\n" + b"X: x\r\n" * 300 + b"\r\n"),
+            "a trailer of 20,000 fields": chunked(EVENT, end=b"0\r\n" + b"X: x\r\n" * 20_000 + b"\r\n"),
             "20 fields of 8,000 bytes": post(*[f"X-{i}: " + "x" * 8000 for i in range(20)], body=EVENT)})
 
     def test_another_version_is_refused_with_505(self):
