@@ -40,7 +40,7 @@ import psycopg2
 MAX_BODY_BYTES = 1024 * 1024
 MAX_LINES = 10_000
 MAX_HEAD_BYTES = 64 * 1024  # of a request line and headers; of a chunk's size and trailers
-DECODED_BATCHES = 8  # at once, in each worker
+DECODED_BATCHES = 8  # at once, in each worker, until the log has taken their lines
 GROUP_BYTES = 16 * 1024 * 1024  # of lines that wait for the disk, in each worker, before further ones wait for them
 
 REQUEST_SECONDS = 30  # from a request's first byte to its last
@@ -297,16 +297,19 @@ def require(condition, status, error, headers=()):
         raise Refusal(status, error, headers)
 
 
-def check_lines(body):
-    """Return the events in body, as {index of a line: that line, or it and the lines that follow it}, and what is wrong
-    with the other lines, as [{"line": number, "error": words}]; blank lines are skipped."""
-    if is_plain(body):
-        return {0: body}, []
+def check_lines(body, count):
+    """Return the events in body, which is so many lines, as {index of a line: it, or it and the lines that follow it},
+    and what is wrong with the other lines, as [{"line": number, "error": words}]; blank lines are skipped.
+
+    With count 1, body is one event, however many line ends stand around its tokens.
+    """
+    if is_plain(body + b"\n") and (count > 1 or b"\n" not in body):
+        return {0: body + b"\n"}, []
     accepted, rejected = {}, []
-    for index, line in enumerate(body[:-1].split(b"\n")):
+    for index, line in enumerate(body.split(b"\n", count - 1)):
         try:
             if line.strip():
-                if not is_plain(line + b"\n"):
+                if b"\n" in line or not is_plain(line + b"\n"):
                     check_event(line)
                 accepted[index] = as_line(line) + b"\n"
         except ValueError as error:  # only its words are kept: an exception drags its frames along
@@ -384,9 +387,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_line(self, limit, too_long):
         """Return the next line, or raise Refusal, with the status too_long if it has more than limit bytes."""
-        line = self.rfile.readline(limit + 1)
-        require(len(line) <= limit, too_long, "the request line, the headers or a chunk's size are too long")
-        require(line.endswith(b"\n"), *NOT_WHOLE)
+        line = self.rfile.readline(limit)
+        if not line.endswith(b"\n"):
+            require(len(line) == limit, *NOT_WHOLE)
+            raise Refusal(too_long, "the request line, the headers or a chunk's size are too long")
         return line.decode("latin-1")
 
     def check_framing(self):
@@ -485,16 +489,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET  # render() leaves the body out
 
     def do_POST(self):
-        """Log one event, or a batch, and answer when it is durable."""
+        """Log the one event, or the valid lines of the batch, and answer when they are durable."""
         media = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         require(media in (JSON, NDJSON), *WRONG_MEDIA)
         require(self.headers.get("content-encoding", "identity").lower() == "identity", *COMPRESSED)
         producer, first = self.read_id()
-        body = self.read_body()
-        if media == JSON:
-            return self.log_event(body, producer, first)
-        with self.server.decoding:
-            return self.log_batch(body, producer, first)
+        body = self.read_body().removesuffix(b"\n")
+        count = 1 if media == JSON else body.count(b"\n") + 1
+        require(count <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES:,} lines")
+        require(producer is None or first + count - 1 <= MAX_SEQUENCE, 400,
+                "the last line's sequence would be above 2^53 - 1")
+        self.set_deadline(float("inf"))  # the request is whole: from now on the delay is ours, not the peer's
+        with self.server.decoding if media == NDJSON else contextlib.nullcontext():
+            accepted, rejected = check_lines(body, count)
+            events = sum([lines.count(b"\n") for lines in accepted.values()])
+            lines = self.stamp_lines(accepted, events, producer, first)
+            if media == NDJSON:
+                answer = {"message": "Events received", "accepted": events, "rejected": rejected}
+                return self.log_and_answer(lines, json.dumps(answer).encode())
+            require(events, 400, rejected[0]["error"] if rejected else "the body is empty")
+            return self.log_and_answer(lines, b'{"message": "Event received"}')
 
     def read_id(self):
         """Return the producer id and the sequence that the sender gave, or None and None; or raise Refusal."""
@@ -508,33 +522,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, f"both Producer-Id and Sequence are needed, or neither: {error}") from None
         return producer, sequence
 
-    def log_event(self, body, producer, first):
-        """Log the one event in body, or raise Refusal."""
-        try:
-            if b"\n" in body or not is_plain(body + b"\n"):
-                check_event(body)
-        except ValueError as error:
-            raise Refusal(400, str(error)) from None
-        if producer is None:
-            producer, first = self.server.assign_ids(1)
-        return self.log_and_answer(stamp(as_line(body) + b"\n", producer, first), b'{"message": "Event received"}')
-
-    def log_batch(self, body, producer, first):
-        """Log the valid lines of an NDJSON body, and answer how many they were and what is wrong with the others."""
-        if not body.endswith(b"\n"):
-            body += b"\n"
-        total = body.count(b"\n")
-        require(total <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES:,} lines")
-        require(producer is None or first + total - 1 <= MAX_SEQUENCE, 400,
-                "the last line's sequence would be above 2^53 - 1")
-        accepted, rejected = check_lines(body)
-        count = sum([lines.count(b"\n") for lines in accepted.values()])
+    def stamp_lines(self, accepted, events, producer, first):
+        """Return the accepted lines, so many events, with their event ids; without a producer, this worker is theirs."""
         if producer is None:  # consecutive ids for the events alone: every gap would stay in the database
             accepted = {0: b"".join(accepted.values())}
-            producer, first = self.server.assign_ids(count)
-        lines = b"".join([stamp(lines, producer, first + index) for index, lines in accepted.items()])
-        answer = {"message": "Events received", "accepted": count, "rejected": rejected}
-        return self.log_and_answer(lines, json.dumps(answer).encode())
+            producer, first = self.server.assign_ids(events)
+        return b"".join([stamp(lines, producer, first + index) for index, lines in accepted.items()])
 
     # -- Answering
 
@@ -549,7 +542,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             full = getattr(error, "errno", None) in NO_SPACE and error is not self.server.log.failed
             refusal = Refusal(507 if full else 503, f"the log cannot be written: {reason(error)}")
             self.send_owed(*refusal.answer)
-        self.set_deadline(float("inf"))  # while we wait for the disk: that delay is ours, not the peer's
         self.owed.acquire()
         self.server.log.append(lines, answer)
 

@@ -3117,12 +3117,12 @@ class Http(SystemTest):
     def test_few_batches_are_decoded_at_once(self):
         check_lines, decoding, most = server_module.check_lines, [], []
 
-        def count(body):
+        def count(body, lines):
             decoding.append(body)
             most.append(len(decoding))
             time.sleep(0.1)
             decoding.pop()
-            return check_lines(body)
+            return check_lines(body, lines)
         log = unittest.mock.Mock(failed=None, append=lambda lines, done: done(None))
         with (unittest.mock.patch.object(server_module, "check_lines", count), contextlib.ExitStack() as stack,
               serving(log, DECODED_BATCHES=3) as worker):
@@ -3135,7 +3135,7 @@ class Http(SystemTest):
     def test_a_rejected_line_costs_its_message_alone(self):
         tracemalloc.start()
         try:
-            accepted, rejected = server_module.check_lines(b"x\n" * 10_000)
+            accepted, rejected = server_module.check_lines(b"x\n" * 10_000, 10_001)
             self.assertLess(tracemalloc.get_traced_memory()[1] / 10_000, 700)
         finally:
             tracemalloc.stop()
