@@ -47,7 +47,6 @@ REQUEST_SECONDS = 30  # from a request's first byte to its last
 IDLE_SECONDS = 75  # to take an answer and to begin the next request; load balancers reuse a connection for 60
 DATABASE_SECONDS = 2
 DRAIN_SECONDS = 2  # after a refusal, read on and discard for so long: closing at once could destroy the answer
-DRAIN_BYTES = 16 * 1024 * 1024
 STOP_SECONDS = 10  # for the requests that were received when the server stops
 BACKLOG_SECONDS = 1  # of them to take connections from the backlog, which those who keep connecting fill again
 FIRST_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, and each time twice as long
@@ -203,7 +202,7 @@ class LogWriter:
             if error.errno not in unless:
                 words = (f"a sync failed ({error.strerror}), and its last lines may not be on the disk. Move the log "
                          "aside before you start the server again")
-                self.failed = OSError(error.errno, words)
+                self.failed = OSError(errno.EIO, words)
                 raise self.failed from error
 
 
@@ -272,7 +271,7 @@ LOOPBACK_HOST = re.compile(r"(?i)(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?:
 ONCE = {"host", "authorization", "content-length", "transfer-encoding", "content-type", "content-encoding",
         "producer-id", "sequence", "expect"}
 
-METHODS = {"/liveEvent": ("POST", "OPTIONS"), "/userEvents/": ("GET", "HEAD"), "/health": ("GET", "HEAD")}
+METHODS = {"/liveEvent": "POST, OPTIONS", "/userEvents/": "GET, HEAD", "/health": "GET, HEAD"}
 JSON, NDJSON = "application/json", "application/x-ndjson"
 ACCEPT_POST = {"Accept-Post": f"{JSON}, {NDJSON}"}
 WRONG_MEDIA = 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST
@@ -288,7 +287,7 @@ class Refusal(Exception):
 
     def __init__(self, status, error, headers=()):
         super().__init__(error)
-        self.answer = status, json.dumps({"error": error}).encode(), dict(headers)
+        self.answer = status, json.dumps({"error": error}).encode(), headers
 
 
 def require(condition, status, error, headers=()):
@@ -324,33 +323,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self):
         """Answer one request after the other, while the connection is kept."""
-        self.close_connection = False
-        self.owed = threading.Lock()  # held while the log has an answer to send
-        try:
+        self.owed = threading.Lock()  # held from a request's first byte until its answer is sent
+        self.close_connection = self.unread = False
+        with contextlib.suppress(OSError):  # the peer is gone
             while not self.close_connection and self.rfile.peek(1):
-                with self.owed:
-                    self.set_deadline(REQUEST_SECONDS)
-                if not self.close_connection:  # as the answer that was owed can have announced
-                    self.handle_one_request()
-        finally:
-            self.owed.acquire()  # the last answer goes out before the connection is closed
+                self.owed.acquire()
+                if self.close_connection:  # as the previous answer has announced
+                    return
+                self.set_deadline(REQUEST_SECONDS)
+                self.handle_one_request()
+        self.owed.acquire()
+        if self.unread:
+            self.linger()
 
     def handle_one_request(self):
         """Read one request and answer it, or have it answered by the log."""
         self.command, self.unread = None, True
         try:
             self.parse_request()
-            answer = self.find_method()()
+            self.find_method()()
         except Refusal as refusal:
-            answer = refusal.answer
+            self.send(*refusal.answer)
         except OSError:  # the peer is gone
-            self.close_connection = True
-            return
+            self.send(*Refusal(*NOT_WHOLE).answer)
         except Exception:
             report_defect()
-            answer = Refusal(500, "internal error").answer
-        if answer is not None:
-            self.send_answer(*answer)
+            self.send(*Refusal(500, "internal error").answer)
 
     def set_deadline(self, seconds):
         """Allow this connection so many seconds from now for what it does next; see Worker.cut_off_overdue."""
@@ -452,25 +450,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body += self.read_exactly(size)
             require(self.read_exactly(2) == b"\r\n", 400, "a chunk is longer than its size")
 
-    # -- The methods: each returns (status, body, headers), or None when the log sends the answer
+    # -- The methods: each sends its answer, or raises Refusal
 
     def find_method(self):
         """Return the method that answers the request, or raise Refusal."""
         methods = METHODS.get("/userEvents/" if self.path.startswith("/userEvents/") else self.path)
         require(methods, 404, "no such path; there are /liveEvent, /userEvents/<userId> and /health")
-        if self.command not in methods:
-            allowed = ", ".join(methods)
-            raise Refusal(405, f"the methods here are: {allowed}", {"Allow": allowed})
+        require(self.command in methods.split(", "), 405, f"the methods here are: {methods}", {"Allow": methods})
         return getattr(self, f"do_{self.command}")
 
     def do_OPTIONS(self):
         """Answer what may be sent."""
-        return 204, b"", {"Allow": ", ".join(METHODS["/liveEvent"])} | ACCEPT_POST
+        self.send(204, b"", {"Allow": METHODS["/liveEvent"]} | ACCEPT_POST)
 
     def do_GET(self):
         """Answer that the server is well, or a user's revenue, digit for digit."""
         if self.path == "/health":
-            return 200, b'{"status": "ok"}', {}
+            return self.send(200, b'{"status": "ok"}')
         encoded = self.path.removeprefix("/userEvents/")
         try:
             if re.search("%(?![0-9A-Fa-f]{2})", encoded):
@@ -484,7 +480,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Failure as failure:
             raise Refusal(503, str(failure), {"Retry-After": "2"}) from None
         require(revenue is not None, 404, "no revenue is known for this user")
-        return 200, f'{{"userId": {json.dumps(user)}, "revenue": {revenue}}}'.encode(), {}
+        self.send(200, f'{{"userId": {json.dumps(user)}, "revenue": {revenue}}}'.encode())
 
     do_HEAD = do_GET  # render() leaves the body out
 
@@ -506,9 +502,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines = self.stamp_lines(accepted, events, producer, first)
             if media == NDJSON:
                 answer = {"message": "Events received", "accepted": events, "rejected": rejected}
-                return self.log_and_answer(lines, json.dumps(answer).encode())
+                return self.log_lines(lines, json.dumps(answer).encode())
             require(events, 400, rejected[0]["error"] if rejected else "the body is empty")
-            return self.log_and_answer(lines, b'{"message": "Event received"}')
+            self.log_lines(lines, b'{"message": "Event received"}')
 
     def read_id(self):
         """Return the producer id and the sequence that the sender gave, or None and None; or raise Refusal."""
@@ -531,21 +527,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- Answering
 
-    def log_and_answer(self, lines, body):
+    def log_lines(self, lines, body):
         """Have lines logged and then answered with 200 and body, or with an error, by the thread that syncs them."""
-        if not lines:
-            return 200, body, {}
-
         def answer(error):
             if error is None:
-                return self.send_owed(200, body, {})
-            full = getattr(error, "errno", None) in NO_SPACE and error is not self.server.log.failed
-            refusal = Refusal(507 if full else 503, f"the log cannot be written: {reason(error)}")
-            self.send_owed(*refusal.answer)
-        self.owed.acquire()
-        self.server.log.append(lines, answer)
+                return self.send(200, body)
+            status = 507 if getattr(error, "errno", None) in NO_SPACE else 503
+            self.send(*Refusal(status, f"the log cannot be written: {reason(error)}").answer)
+        if lines:
+            self.server.log.append(lines, answer)
+        else:
+            self.send(200, body)
 
-    def send_owed(self, status, body, headers):
+    def send(self, status, body, headers=()):
         """Send the answer that is owed without waiting or, should the peer not read, in a thread of its own."""
         self.set_deadline(IDLE_SECONDS)
         try:
@@ -565,23 +559,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.sendall(data)
         self.owed.release()
 
-    def send_answer(self, status, body, headers):
-        """Send an answer, and end a connection on which a part of the request was not read."""
-        if self.unread:
-            self.close_connection = True
-        self.set_deadline(IDLE_SECONDS)
-        self.connection.sendall(self.render(status, body, headers))
-        if self.unread:
-            self.linger()
-
     def render(self, status, body, headers):
-        """Return the bytes of an answer."""
-        if self.server.stopping:
-            self.close_connection = True
+        """Return the bytes of an answer, which ends the connection if a part of the request was not read."""
+        self.close_connection |= self.unread or self.server.stopping
         date = http_date(int(time.time()), usegmt=True)
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {date}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        if status != 204:
+        lines += [f"{name}: {value}" for name, value in dict(headers).items()]
+        if body:
             lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         if self.close_connection:
             lines.append("Connection: close")
@@ -589,13 +573,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return head if self.command == "HEAD" else head + body
 
     def linger(self):
-        """Read on for a moment and discard: closing a socket with unread data resets the connection, and the answer may
-        be lost on its way (RFC 9112, 9.6)."""
-        end, drained = time.monotonic() + DRAIN_SECONDS, 0
+        """Read on for DRAIN_SECONDS, until cut_off_overdue ends it, and discard: closing a socket with unread data
+        resets the connection, and the answer may be lost on its way (RFC 9112, 9.6)."""
         self.set_deadline(DRAIN_SECONDS)
         self.connection.shutdown(socket.SHUT_WR)
-        while drained < DRAIN_BYTES and time.monotonic() < end and (data := self.rfile.read1(65536)):
-            drained += len(data)
+        while self.rfile.read1(65536):
+            pass
 
 
 def _shut(connection, how):
