@@ -49,8 +49,8 @@ DATABASE_SECONDS = 2
 DRAIN_SECONDS = 2  # after a refusal, read on and discard for so long: closing at once could destroy the answer
 STOP_SECONDS = 10  # for the requests that were received when the server stops
 BACKLOG_SECONDS = 1  # of them to take connections from the backlog, which those who keep connecting fill again
-FIRST_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, and each time twice as long
-PAUSE_SECONDS = 0.005  # the longest of those, and before another connection when descriptors or threads have run out
+LOCK_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, which another worker holds for about so long
+PAUSE_SECONDS = 0.005  # before another connection is taken when they, descriptors or threads have run out
 RESTART_SECONDS = 0.5  # before a worker is replaced, so that one that crashes at once does not become a fork loop
 
 MAX_CONNECTIONS = 1000  # per worker; further ones wait in the kernel's listen backlog
@@ -116,17 +116,18 @@ class LogWriter:
 
     def _write(self, group):
         """Make the lines of a group durable and return None, or return the exception that prevented it."""
+        data = b"".join([lines for lines, _ in group])
         try:
-            with self._locked() as end:
-                data = b"".join([lines for lines, _ in group])
-                try:
-                    self._write_all(add_log_field(data) if end == 0 else data)
-                except OSError:
-                    os.ftruncate(self._fd, end)
-                    raise
-            with self._syncing():
-                sync_file(self._fd)
+            end = self._lock()
+            try:
+                self._write_all(add_log_field(data) if end == 0 else data)
+            except OSError:
+                os.ftruncate(self._fd, end)
+                raise
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self._sync(sync_file, self._fd)
         except Exception as error:
+            self._close()  # and unlock
             self._troubles.begin(self.path, f"the log cannot be written: {reason(error)}.")
             return error
         self._troubles.end(self.path, "the log can be written again.")
@@ -137,34 +138,29 @@ class LogWriter:
         while rest:
             rest = rest[os.write(self._fd, rest):]
 
-    @contextlib.contextmanager
-    def _locked(self):
-        """Return a context that holds the lock of the file to which path leads, and yields where its last line ends."""
-        if self.failed:
-            raise self.failed
-        if self._fd is None:
-            self._fd = self.open()
-        try:
-            yield self._lock()
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-
     def _lock(self):
-        """Lock the file to which path leads, opening it anew after a rotation, and return where its last line ends.
-        Nobody waits for the lock of a file that was renamed: who has it may hold it for ever."""
-        pause, end = FIRST_PAUSE_SECONDS, None
-        while True:
+        """Open and lock the file to which path leads, and return where its last line ends. Nobody waits for the lock of
+        a file that was renamed: who has it may hold it for ever."""
+        while not self.failed:
+            if self._fd is None:
+                self._fd = self.open()
+            end = None
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 end = self._end_last_line()  # of a renamed file, too: it may be concatenated with others
             if not leads_to(self.path, self._fd):
-                old, self._fd, end = self._fd, self.open(), None
-                os.close(old)
+                self._close()
             elif end is not None:
                 return end
             else:
-                time.sleep(pause)
-                pause = min(2 * pause, PAUSE_SECONDS)
+                time.sleep(LOCK_PAUSE_SECONDS)
+        raise self.failed
+
+    def _close(self):
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with contextlib.suppress(OSError):  # what was acknowledged has been synced
+                os.close(fd)
 
     def _end_last_line(self):
         """Make the file end with a whole line, and return its end. What follows the last LF was never acknowledged: if
@@ -186,23 +182,20 @@ class LogWriter:
         directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
         try:
             fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-            with self._syncing(unless=CANNOT_SYNC):
-                os.fsync(directory)
+            self._sync(os.fsync, directory, harmless=CANNOT_SYNC)
         finally:
             os.close(directory)
         return fd
 
-    @contextlib.contextmanager
-    def _syncing(self, unless=()):
-        """Return a context for a sync. If it fails, with other errors than those of unless, nothing is written any
-        more: the kernel may have dropped what was written, and a second sync could then lie."""
+    def _sync(self, sync, fd, harmless=()):
+        """Call sync(fd). If it fails, with another error than the harmless ones, nothing is written any more: the
+        kernel may have dropped what was written, and a second sync could then lie."""
         try:
-            yield
+            sync(fd)
         except OSError as error:
-            if error.errno not in unless:
-                words = (f"a sync failed ({error.strerror}), and its last lines may not be on the disk. Move the log "
-                         "aside before you start the server again")
-                self.failed = OSError(errno.EIO, words)
+            if error.errno not in harmless:
+                self.failed = OSError(errno.EIO, f"a sync failed ({error.strerror}), and its last lines may not be on "
+                                      "the disk. Move the log aside before you start the server again")
                 raise self.failed from error
 
 

@@ -512,7 +512,7 @@ def opened_log(path):
     try:
         yield log
     finally:
-        os.close(log._fd)
+        log._close()
 
 
 @contextlib.contextmanager
