@@ -218,38 +218,35 @@ class Database:
         """Return the user's revenue as exact decimal text, or None without any; raise Failure if the database gives no
         answer within DATABASE_SECONDS."""
         try:
-            query = self._thread.submit(self._query, user)
-            revenue = query.result(DATABASE_SECONDS)
-        except TimeoutError:
-            query.cancel()
-            why = f"no answer within {DATABASE_SECONDS} seconds"
-        except (psycopg2.Error, Failure, RuntimeError) as error:  # RuntimeError: no more threads
-            why = reason(error)
-        else:
-            self._troubles.end("The database", "it answers again.")
-            return revenue
-        self._troubles.begin("The database", f"{why.rstrip('.')}.")
-        raise Failure("the database does not answer")
+            query = self._thread.submit(self._query, user)  # or RuntimeError: no more threads
+            answered, _ = concurrent.futures.wait([query], DATABASE_SECONDS)
+            query.cancel()  # if it has not begun: no queue grows behind one that hangs
+            if not answered:
+                raise Failure(f"no answer within {DATABASE_SECONDS} seconds")
+            revenue = query.result()
+        except (psycopg2.Error, Failure, RuntimeError) as error:
+            self._troubles.begin("The database", f"{reason(error).rstrip('.')}.")
+            raise Failure("the database does not answer") from None
+        self._troubles.end("The database", "it answers again.")
+        return revenue
 
     def _query(self, user):
-        for fresh in (False, True):
-            if self._connection is None:
-                # tcp_user_timeout: when the database's host vanishes, nobody is left to enforce statement_timeout.
-                self._connection = connect(connect_timeout=DATABASE_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000)
-                self._connection.autocommit = True
-            try:
-                with self._connection.cursor() as sql:
-                    sql.execute(self.QUERY, [user])
-                    return sql.fetchone()[0]
-            except psycopg2.errors.UndefinedTable:
-                return None
-            except psycopg2.errors.QueryCanceled:
+        fresh = self._connection is None or self._connection.closed
+        if fresh:
+            # tcp_user_timeout: when the database's host vanishes, nobody is left to enforce statement_timeout.
+            self._connection = connect(connect_timeout=DATABASE_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000)
+            self._connection.autocommit = True
+        try:
+            with self._connection.cursor() as sql:
+                sql.execute(self.QUERY, [user])
+                return sql.fetchone()[0]
+        except psycopg2.errors.UndefinedTable:
+            return None
+        except psycopg2.Error as error:
+            self._connection.close()
+            if fresh or isinstance(error, psycopg2.errors.QueryCanceled):
                 raise
-            except (psycopg2.OperationalError, psycopg2.InterfaceError):  # the database was restarted, perhaps
-                self._connection.close()
-                self._connection = None
-                if fresh:
-                    raise
+        return self._query(user)  # the database was restarted, perhaps
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
