@@ -1,11 +1,20 @@
-"""Receive events over HTTP, append them to a log, and answer each user's revenue from PostgreSQL.
+"""Receive events over HTTP, append them durably to a log, and answer each user's
+revenue from PostgreSQL.
 
-The promise: 200 is sent only after the event's line was written and synced, so that it survives kill -9 and a power
-cut. Requests that arrive during a sync share the next one (group commit): see LogWriter.append.
+The answer 200 is sent only after the event's line was written and synced, so
+that it survives kill -9 and a power cut.
 
-The parts in order: settings; the log (LogWriter); the database (Database); HTTP (Handler, one for each connection);
-processes (Worker, supervise); the command line.
+EVENTS_AUTHORIZATION holds the value that a request's Authorization header must
+have; without it the server listens on loopback addresses only. The database is
+the one that DATABASE_URL or libpq's variables (PGHOST, ...) name; events are
+taken without one, too.
+
+Example: python server.py --port 8080
 """
+# Requests that arrive during a sync share the next one (group commit): see LogWriter.append.
+#
+# The parts in order: settings; the log (LogWriter); the database (Database); HTTP (Handler, one for each connection);
+# processes (Worker, supervise); the command line.
 import argparse
 import concurrent.futures
 import contextlib
@@ -50,7 +59,7 @@ DRAIN_SECONDS = 2  # after a refusal, read on and discard for so long: closing a
 STOP_SECONDS = 10  # for the requests that were received when the server stops
 BACKLOG_SECONDS = 1  # of them to take connections from the backlog, which those who keep connecting fill again
 LOCK_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, which another worker holds for about so long
-PAUSE_SECONDS = 0.005  # before another connection is taken when they, descriptors or threads have run out
+PAUSE_SECONDS = 0.001  # before another attempt to take a connection
 RESTART_SECONDS = 0.5  # before a worker is replaced, so that one that crashes at once does not become a fork loop
 
 MAX_CONNECTIONS = 1000  # per worker; further ones wait in the kernel's listen backlog
@@ -591,17 +600,15 @@ class Worker:
         self._accepted = None  # the connection that has no thread yet
         self._producer, self._next_sequence = secrets.token_urlsafe(16), 1
         self._id_lock = threading.Lock()
-        self._next_look = 0.0
 
     def run(self, lifeline):
         """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or until a sync of the
-        log fails; then finish what was received, for at most STOP_SECONDS."""
+        log fails; then finish what was received, for at most STOP_SECONDS. Return the exit status."""
+        threading.Thread(target=self.cut_off_overdue, daemon=True).start()
         ready = []
         while lifeline not in ready and not self.log.failed:
+            self.accept()
             ready, _, _ = select.select([self._listener, lifeline], [], [], 0.1)
-            if self._listener in ready or self._accepted:
-                self.accept()
-            self.cut_off_overdue()
         self.stopping, now = True, time.monotonic()
         while time.monotonic() < now + BACKLOG_SECONDS and self.accept():
             pass  # take what the kernel has accepted: those peers may have sent requests
@@ -610,6 +617,7 @@ class Worker:
             _shut(connection, socket.SHUT_RD)  # on Linux, what has arrived can still be read
         while self.deadlines and time.monotonic() < now + STOP_SECONDS:
             time.sleep(0.01)
+        return EXIT_SYNC_FAILED if self.log.failed else 0
 
     def accept(self):
         """Serve a connection from the backlog in a thread of its own; return False if that is not possible now."""
@@ -621,9 +629,7 @@ class Worker:
                 connection.setblocking(True)  # on macOS an accepted socket inherits the listener's non-blocking mode
                 self.deadlines[connection] = time.monotonic() + IDLE_SECONDS
             threading.Thread(target=self.serve_connection, args=self._accepted, daemon=True).start()
-        except BlockingIOError:  # another worker was faster
-            return False
-        except (OSError, RuntimeError):  # too many connections, descriptors or threads: wait until one ends
+        except (OSError, RuntimeError):  # too many connections, descriptors or threads; or another worker was faster
             time.sleep(PAUSE_SECONDS)
             return False
         self._accepted = None
@@ -632,11 +638,8 @@ class Worker:
     def serve_connection(self, connection, address):
         """Serve a connection to its end."""
         try:
-            Handler(connection, address, self)
-        except OSError:
-            pass  # the peer is gone
-        except Exception:
-            report_defect()
+            with contextlib.suppress(OSError):  # the peer is gone
+                Handler(connection, address, self)
         finally:
             self.deadlines.pop(connection, None)
             connection.close()
@@ -648,20 +651,19 @@ class Worker:
             return self._producer, self._next_sequence - count
 
     def cut_off_overdue(self):
-        """Once a second cut off the connections that are past their deadlines: first their reading, so that an answer
+        """Every second cut off the connections that are past their deadlines: first their reading, so that an answer
         can still be sent, and DRAIN_SECONDS later everything."""
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + 1
-        for connection, deadline in list(self.deadlines.items()):
-            if now > deadline:
-                _shut(connection, socket.SHUT_RD if now < deadline + DRAIN_SECONDS else socket.SHUT_RDWR)
+        while not self.stopping:
+            time.sleep(1)
+            for connection, deadline in list(self.deadlines.items()):
+                overdue = time.monotonic() - deadline
+                if overdue > 0:
+                    _shut(connection, socket.SHUT_RD if overdue < DRAIN_SECONDS else socket.SHUT_RDWR)
 
 
-def supervise(serve, count, announcement):
-    """Start count processes that run serve(lifeline), say announcement, and replace those that die, until SIGTERM,
-    Ctrl-C or a failed sync; return the exit status.
+def supervise(new_worker, count, announcement):
+    """Start count processes that run new_worker().run(lifeline), say announcement, and replace those that die, until
+    SIGTERM, Ctrl-C or a failed sync; return the exit status.
 
     lifeline is the reading end of a pipe whose only writing end is the parent's. Closing it, on purpose or by dying, is
     the one signal to stop.
@@ -675,7 +677,7 @@ def supervise(serve, count, announcement):
     while workers or not hold.closed:
         try:
             while len(workers) < count and not hold.closed:
-                workers.add(fork_worker(serve, lifeline, hold))
+                workers.add(fork_worker(new_worker, lifeline, hold))
             if announcement:
                 say(announcement)
                 announcement = None
@@ -696,9 +698,8 @@ def supervise(serve, count, announcement):
     return status
 
 
-def fork_worker(serve, lifeline, hold):
-    """Return the id of a new process that runs serve(lifeline) and exits with the status that it returns, or raise
-    OSError."""
+def fork_worker(new_worker, lifeline, hold):
+    """Return the id of a new process that exits with what new_worker().run(lifeline) returns, or raise OSError."""
     if pid := os.fork():
         return pid
     status = 1
@@ -706,30 +707,18 @@ def fork_worker(serve, lifeline, hold):
         # A terminal or systemd tells every process to stop, but the parent decides.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         hold.close()
-        status = serve(lifeline)
+        status = new_worker().run(lifeline)
     except Exception:
         report_defect()
     finally:
         os._exit(status)  # without waiting for a thread that hangs in a database
 
 
-def serve(listener, path, authorization, lifeline):
-    """Run a worker on the listening socket and the log at path until lifeline ends; return its exit status."""
-    log = LogWriter(path)
-    Worker(listener, log, authorization).run(lifeline)
-    return EXIT_SYNC_FAILED if log.failed else 0
-
-
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = argparse.ArgumentParser(
-        description="Receive events over HTTP, append them durably to a log, and answer each user's revenue.",
-        epilog="Example: python server.py --port 8080. EVENTS_AUTHORIZATION holds the value that a request's "
-               "Authorization header must have; without it the server listens on loopback addresses only. The "
-               "database is the one that DATABASE_URL or libpq's variables (PGHOST, ...) name; events are taken "
-               "without one, too.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
     parser.add_argument("--log", default=DEFAULT_LOG, help="file to append to (default: %(default)s)")
@@ -746,29 +735,23 @@ def parse_command_line(arguments):
 def allow_descriptors():
     """Raise the process's limit of open files; macOS begins with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
-        wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft < DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS, hard), hard))
 
 
 def read_authorization():
     """Return the value that the Authorization header must have, None if it may be missing; or raise Failure."""
-    value = os.fsencode(os.environ.get("EVENTS_AUTHORIZATION", "")).strip(b" \t")
+    value = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
     if not HEADER.fullmatch(f"Authorization:{value.decode('latin-1')}\r\n"):
-        raise Failure("EVENTS_AUTHORIZATION has a line end or another control character in it, which no header can "
-                      "carry; set it again without.")
+        raise Failure("it has a line end or another control character in it, which no header can carry")
     return value or None
 
 
 def listen(host, port):
-    """Return a listening socket, or raise Failure."""
-    try:
-        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = addresses[0]
-        listener = socket.create_server(address, family=family, backlog=BACKLOG)
-    except (OSError, UnicodeError) as error:
-        why = reason(error).partition(" (")[0]  # without the address, for a second time
-        raise Failure(f"Cannot listen on {host} port {port}: {why}. Choose another with --host and --port.") from None
+    """Return a listening socket, or raise OSError, or UnicodeError for a malformed host."""
+    addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = addresses[0]
+    listener = socket.create_server(address, family=family, backlog=BACKLOG)
     listener.setblocking(False)  # every worker wakes for each connection, and accept() must not block the later ones
     return listener
 
@@ -778,23 +761,23 @@ def main(arguments=None):
     options = parse_command_line(arguments)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until supervise() takes it over, Ctrl-C ends the process quietly
     allow_descriptors()
+    log = LogWriter(options.log)
     try:
+        task = "use EVENTS_AUTHORIZATION"
         authorization = read_authorization()
+        task = f"listen on {options.host} port {options.port} (choose others with --host and --port)"
         listener = listen(options.host, options.port)
         host, port = listener.getsockname()[:2]
         if authorization is None and not ipaddress.ip_address(host).is_loopback:
-            raise Failure(f"Refusing to listen on {host}, where everyone can send events: set EVENTS_AUTHORIZATION to "
-                          "the value that the Authorization header of every request must have, or listen on 127.0.0.1.")
-        os.close(LogWriter(options.log).open())
-    except Failure as failure:
-        warn(str(failure))
-        return 1
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename not in (None, options.log) else ""
-        warn(f"Cannot write the log {options.log}: {reason(error)}{where}. Name another with --log.")
+            raise Failure("everyone could send events there. Set EVENTS_AUTHORIZATION to the value that the "
+                          "Authorization header of every request must have, or listen on 127.0.0.1")
+        task = f"write the log {options.log} (name another with --log)"
+        os.close(log.open())
+    except (Failure, OSError, UnicodeError) as error:
+        warn(f"Cannot {task}: {reason(error)}.")
         return 1
     shown = f"[{host}]" if ":" in host else host
-    return supervise(functools.partial(serve, listener, options.log, authorization), options.workers,
+    return supervise(functools.partial(Worker, listener, log, authorization), options.workers,
                      f"Listening on http://{shown}:{port}, logging to {options.log}, {options.workers} workers.")
 
 
