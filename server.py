@@ -59,7 +59,7 @@ DRAIN_SECONDS = 2  # after a refusal, read on and discard for so long: closing a
 STOP_SECONDS = 10  # for the requests that were received when the server stops
 BACKLOG_SECONDS = 1  # of them to take connections from the backlog, which those who keep connecting fill again
 LOCK_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, which another worker holds for about so long
-PAUSE_SECONDS = 0.001  # before another attempt to take a connection
+PAUSE_SECONDS = 0.005  # before another connection is taken when they, descriptors or threads have run out
 RESTART_SECONDS = 0.5  # before a worker is replaced, so that one that crashes at once does not become a fork loop
 
 MAX_CONNECTIONS = 1000  # per worker; further ones wait in the kernel's listen backlog
@@ -125,11 +125,11 @@ class LogWriter:
 
     def _write(self, group):
         """Make the lines of a group durable and return None, or return the exception that prevented it."""
-        data = b"".join([lines for lines, _ in group])
         try:
+            data = b"".join([lines for lines, _ in group])
             end = self._lock()
             try:
-                self._write_all(add_log_field(data) if end == 0 else data)
+                self._write_all(add_log_field(data) if data and end == 0 else data)
             except OSError:
                 os.ftruncate(self._fd, end)
                 raise
@@ -273,7 +273,6 @@ ONCE = {"host", "authorization", "content-length", "transfer-encoding", "content
 METHODS = {"/liveEvent": "POST, OPTIONS", "/userEvents/": "GET, HEAD", "/health": "GET, HEAD"}
 JSON, NDJSON = "application/json", "application/x-ndjson"
 ACCEPT_POST = {"Accept-Post": f"{JSON}, {NDJSON}"}
-WRONG_MEDIA = 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST
 COMPRESSED = 415, "the body must not be compressed", {"Accept-Encoding": "identity"} | ACCEPT_POST
 TOO_LARGE = 413, f"the body must be at most {MAX_BODY_BYTES:,} bytes long"
 NOT_WHOLE = 408, f"the request ended early or took longer than {REQUEST_SECONDS} seconds"
@@ -282,17 +281,13 @@ http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 class Refusal(Exception):
-    """A request that is answered with an error: its status, the words for its sender, and headers."""
-
-    def __init__(self, status, error, headers=()):
-        super().__init__(error)
-        self.answer = status, json.dumps({"error": error}).encode(), headers
+    """A request that is answered with an error: its status, the words for its sender, and headers, if any."""
 
 
-def require(condition, status, error, headers=()):
+def require(condition, *answer):
     """Raise Refusal unless condition holds."""
     if not condition:
-        raise Refusal(status, error, headers)
+        raise Refusal(*answer)
 
 
 def check_lines(body, count):
@@ -342,12 +337,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.parse_request()
             self.find_method()()
         except Refusal as refusal:
-            self.send(*refusal.answer)
+            self.send_error(*refusal.args)
         except OSError:  # the peer is gone
-            self.send(*Refusal(*NOT_WHOLE).answer)
+            self.send_error(*NOT_WHOLE)
         except Exception:
             report_defect()
-            self.send(*Refusal(500, "internal error").answer)
+            self.send_error(500, "internal error")
 
     def set_deadline(self, seconds):
         """Allow this connection so many seconds from now for what it does next; see Worker.cut_off_overdue."""
@@ -420,9 +415,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the body, decoded; ask for it first when the sender waits to be asked. Or raise Refusal."""
         require(self.chunked or self.length is not None, 411, "the request must have a Content-Length or be chunked")
         require(self.chunked or self.length <= MAX_BODY_BYTES, *TOO_LARGE)
-        expect = self.headers.get("expect")
-        if expect is not None and self.unread and self.request_version != "HTTP/1.0":  # RFC 9110, 10.1.1
-            require(expect.lower() == "100-continue", 417, "the only known expectation is 100-continue")
+        if "expect" in self.headers and self.unread and self.request_version != "HTTP/1.0":  # RFC 9110, 10.1.1
+            require(self.headers["expect"].lower() == "100-continue", 417, "the only known expectation is 100-continue")
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.read_chunks() if self.chunked else self.read_exactly(self.length)
         self.unread = False
@@ -486,7 +480,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         """Log the one event, or the valid lines of the batch, and answer when they are durable."""
         media = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        require(media in (JSON, NDJSON), *WRONG_MEDIA)
+        require(media in (JSON, NDJSON), 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST)
         require(self.headers.get("content-encoding", "identity").lower() == "identity", *COMPRESSED)
         producer, first = self.read_id()
         body = self.read_body().removesuffix(b"\n")
@@ -518,7 +512,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return producer, sequence
 
     def stamp_lines(self, accepted, events, producer, first):
-        """Return the accepted lines, so many events, with their event ids; without a producer, this worker is theirs."""
+        """Return the accepted lines, so many events, with their event ids; without a producer, this worker is it."""
         if producer is None:  # consecutive ids for the events alone: every gap would stay in the database
             accepted = {0: b"".join(accepted.values())}
             producer, first = self.server.assign_ids(events)
@@ -532,11 +526,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if error is None:
                 return self.send(200, body)
             status = 507 if getattr(error, "errno", None) in NO_SPACE else 503
-            self.send(*Refusal(status, f"the log cannot be written: {reason(error)}").answer)
-        if lines:
-            self.server.log.append(lines, answer)
-        else:
-            self.send(200, body)
+            self.send_error(status, f"the log cannot be written: {reason(error)}")
+        self.server.log.append(lines, answer)
+
+    def send_error(self, status, error, headers=()):
+        """Send the answer that is owed: what was wrong."""
+        self.send(status, json.dumps({"error": error}).encode(), headers)
 
     def send(self, status, body, headers=()):
         """Send the answer that is owed without waiting or, should the peer not read, in a thread of its own."""
@@ -629,7 +624,9 @@ class Worker:
                 connection.setblocking(True)  # on macOS an accepted socket inherits the listener's non-blocking mode
                 self.deadlines[connection] = time.monotonic() + IDLE_SECONDS
             threading.Thread(target=self.serve_connection, args=self._accepted, daemon=True).start()
-        except (OSError, RuntimeError):  # too many connections, descriptors or threads; or another worker was faster
+        except BlockingIOError:  # there is none, or another worker was faster
+            return False
+        except (OSError, RuntimeError):  # too many connections, descriptors or threads: wait until one ends
             time.sleep(PAUSE_SECONDS)
             return False
         self._accepted = None
@@ -663,7 +660,7 @@ class Worker:
 
 def supervise(new_worker, count, announcement):
     """Start count processes that run new_worker().run(lifeline), say announcement, and replace those that die, until
-    SIGTERM, Ctrl-C or a failed sync; return the exit status.
+    SIGTERM, Ctrl-C or a failed sync; return the exit status, or raise OSError if they cannot be started.
 
     lifeline is the reading end of a pipe whose only writing end is the parent's. Closing it, on purpose or by dying, is
     the one signal to stop.
@@ -673,18 +670,10 @@ def supervise(new_worker, count, announcement):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, the kernel would not report a worker's end
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: hold.close())
-    workers, status = set(), 0
-    while workers or not hold.closed:
-        try:
-            while len(workers) < count and not hold.closed:
-                workers.add(fork_worker(new_worker, lifeline, hold))
-            if announcement:
-                say(announcement)
-                announcement = None
-            pid, ended = os.wait()
-        except OSError:  # there is no room for another process now, or no process any more
-            time.sleep(RESTART_SECONDS)
-            continue
+    workers, status = {fork_worker(new_worker, lifeline, hold) for _ in range(count)}, 0
+    say(announcement)
+    while workers:
+        pid, ended = os.wait()
         if pid not in workers:
             continue  # a child of the program that this process was before, or an orphan that process 1 inherits
         workers.remove(pid)
@@ -694,7 +683,10 @@ def supervise(new_worker, count, announcement):
             hold.close()
         elif not hold.closed:
             warn(f"A worker ended with status {code}; starting another.")
+        while len(workers) < count and not hold.closed:
             time.sleep(RESTART_SECONDS)
+            with contextlib.suppress(OSError):  # there is no room for another process now
+                workers.add(fork_worker(new_worker, lifeline, hold))
     return status
 
 
@@ -773,12 +765,13 @@ def main(arguments=None):
                           "Authorization header of every request must have, or listen on 127.0.0.1")
         task = f"write the log {options.log} (name another with --log)"
         os.close(log.open())
+        shown = f"[{host}]" if ":" in host else host
+        task = f"start {options.workers} processes (choose another number with --workers)"
+        return supervise(functools.partial(Worker, listener, log, authorization), options.workers,
+                         f"Listening on http://{shown}:{port}, logging to {options.log}, {options.workers} workers.")
     except (Failure, OSError, UnicodeError) as error:
         warn(f"Cannot {task}: {reason(error)}.")
         return 1
-    shown = f"[{host}]" if ":" in host else host
-    return supervise(functools.partial(Worker, listener, log, authorization), options.workers,
-                     f"Listening on http://{shown}:{port}, logging to {options.log}, {options.workers} workers.")
 
 
 if __name__ == "__main__":
