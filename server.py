@@ -292,12 +292,13 @@ def require(condition, *answer):
 
 def check_lines(body, count):
     """Return the events in body, which is so many lines, as {index of a line: it, or it and the lines that follow it},
-    and what is wrong with the other lines, as [{"line": number, "error": words}]; blank lines are skipped.
+    how many they are, and what is wrong with the other lines, as [{"line": number, "error": words}]; blank lines are
+    skipped.
 
     With count 1, body is one event, however many line ends stand around its tokens.
     """
     if is_plain(body + b"\n") and (count > 1 or b"\n" not in body):
-        return {0: body + b"\n"}, []
+        return {0: body + b"\n"}, count, []
     accepted, rejected = {}, []
     for index, line in enumerate(body.split(b"\n", count - 1)):
         try:
@@ -307,7 +308,7 @@ def check_lines(body, count):
                 accepted[index] = as_line(line) + b"\n"
         except ValueError as error:  # only its words are kept: an exception drags its frames along
             rejected.append({"line": index + 1, "error": str(error)})
-    return accepted, rejected
+    return accepted, len(accepted), rejected
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -485,13 +486,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         producer, first = self.read_id()
         body = self.read_body().removesuffix(b"\n")
         count = 1 if media == JSON else body.count(b"\n") + 1
-        require(count <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES:,} lines")
+        require(count <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES} lines")
         require(producer is None or first + count - 1 <= MAX_SEQUENCE, 400,
                 "the last line's sequence would be above 2^53 - 1")
         self.set_deadline(float("inf"))  # the request is whole: from now on the delay is ours, not the peer's
-        with self.server.decoding if media == NDJSON else contextlib.nullcontext():
-            accepted, rejected = check_lines(body, count)
-            events = sum([lines.count(b"\n") for lines in accepted.values()])
+        with self.server.decoding[media]:
+            accepted, events, rejected = check_lines(body, count)
             lines = self.stamp_lines(accepted, events, producer, first)
             if media == NDJSON:
                 answer = {"message": "Events received", "accepted": events, "rejected": rejected}
@@ -514,8 +514,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stamp_lines(self, accepted, events, producer, first):
         """Return the accepted lines, so many events, with their event ids; without a producer, this worker is it."""
         if producer is None:  # consecutive ids for the events alone: every gap would stay in the database
-            accepted = {0: b"".join(accepted.values())}
-            producer, first = self.server.assign_ids(events)
+            return stamp(b"".join(accepted.values()), *self.server.assign_ids(events))
         return b"".join([stamp(lines, producer, first + index) for index, lines in accepted.items()])
 
     # -- Answering
@@ -588,7 +587,7 @@ class Worker:
     def __init__(self, listener, log, authorization):
         self.log, self.authorization = log, authorization
         self.database = Database()
-        self.decoding = threading.Semaphore(DECODED_BATCHES)
+        self.decoding = {NDJSON: threading.Semaphore(DECODED_BATCHES), JSON: contextlib.nullcontext()}
         self.stopping = False  # every answer ends its connection
         self.deadlines = {}  # {connection: when it is cut off, in seconds of time.monotonic}, for all that are open
         self._listener = listener

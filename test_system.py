@@ -3134,11 +3134,11 @@ class Http(SystemTest):
     def test_a_rejected_line_costs_its_message_alone(self):
         tracemalloc.start()
         try:
-            accepted, rejected = server_module.check_lines(b"x\n" * 10_000, 10_001)
+            accepted, events, rejected = server_module.check_lines(b"x\n" * 10_000, 10_001)
             self.assertLess(tracemalloc.get_traced_memory()[1] / 10_000, 700)
         finally:
             tracemalloc.stop()
-        self.assertEqual((accepted, len(rejected)), ({}, 10_000))
+        self.assertEqual((accepted, events, len(rejected)), ({}, 0, 10_000))
 
     def test_a_peer_that_vanishes_at_any_stage_leaves_no_trace(self):
         server = Server(self)
