@@ -268,8 +268,7 @@ class Sender:
         return self._takes_batches
 
     def answers(self, batches):
-        """Deliver an iterator's batches, a few at once. Yield, in their order, each batch and the errors of its
-        rejected lines by their numbers, or raise Failure."""
+        """Deliver batches, a few at once; yield each in order with the errors of its rejected lines; raise Failure."""
         pending = []
         while True:
             while len(pending) < BATCHES_AHEAD and (batch := next(batches, None)):
@@ -402,10 +401,8 @@ def parse_command_line(arguments):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
     parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="of the server (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES",
-                        help="at most so many lines a request (default: %(default)s)")
-    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS",
-                        help="without any success (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES", help="of a request (default: 5000)")
+    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="without success (default: 30)")
     parser.add_argument("--restart", action="store_true", help="send the whole file as a new delivery in any case")
     parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)

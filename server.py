@@ -34,20 +34,18 @@ import socket
 import sys
 import threading
 import time
-import traceback
 import urllib.parse
 
 from data_processor import (  # first, because it says in a sentence what this machine lacks
-    DEFAULT_LOG, MAX_SEQUENCE, Failure, Troubles, add_log_field, as_line, check_event, check_id,
-    connect, end_of_events, is_plain, leads_to, open_regular, say, sentence, stamp, sync_file, usable_cores, warn)
+    DEFAULT_LOG, MAX_SEQUENCE, SURROGATE, Failure, Troubles, add_log_field, as_line, check_event, check_id, connect,
+    end_of_events, is_plain, leads_to, open_regular, say, sentence, stamp, sync_file, usable_cores, warn)
 
 import fcntl
 import resource
 
 import psycopg2
 
-MAX_BODY_BYTES = 1024 * 1024
-MAX_LINES = 10_000
+MAX_BODY_BYTES, MAX_LINES = 1024 * 1024, 10_000  # of a request
 MAX_HEAD_BYTES = 64 * 1024  # of a request line and headers; of a chunk's size and trailers
 DECODED_BATCHES = 8  # at once, in each worker, until the log has taken their lines
 GROUP_BYTES = 16 * 1024 * 1024  # of lines that wait for the disk, in each worker, before further ones wait for them
@@ -56,32 +54,16 @@ REQUEST_SECONDS = 30  # from a request's first byte to its last
 IDLE_SECONDS = 75  # to take an answer and to begin the next request; load balancers reuse a connection for 60
 DATABASE_SECONDS = 2
 DRAIN_SECONDS = 2  # after a refusal, read on and discard for so long: closing at once could destroy the answer
-STOP_SECONDS = 10  # for the requests that were received when the server stops
-BACKLOG_SECONDS = 1  # of them to take connections from the backlog, which those who keep connecting fill again
+STOP_SECONDS, BACKLOG_SECONDS = 10, 1  # for what was received when the server stops; of these, for the backlog
 LOCK_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, which another worker holds for about so long
 PAUSE_SECONDS = 0.005  # before another connection is taken when they, descriptors or threads have run out
 RESTART_SECONDS = 0.5  # before a worker is replaced, so that one that crashes at once does not become a fork loop
 
-MAX_CONNECTIONS = 1000  # per worker; further ones wait in the kernel's listen backlog
-DESCRIPTORS = 2048  # per worker, if the system allows
+MAX_CONNECTIONS, DESCRIPTORS = 1000, 2048  # per worker; further connections wait in the kernel's listen backlog
 BACKLOG = 4096  # the kernel lowers it to its own limit (net.core.somaxconn)
 
 EXIT_SYNC_FAILED = 3  # status of a worker whose log can no longer be trusted; the parent then stops the server
 NO_SPACE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-CANNOT_SYNC = errno.EINVAL, errno.ENOTSUP  # what a file system answers that cannot sync directories
-
-
-def reason(error):
-    """Return in words why something failed."""
-    if isinstance(error, psycopg2.Error):
-        return sentence(error)
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def report_defect():
-    """Print the traceback of an error that nobody but the program can have made."""
-    for line in traceback.format_exc().splitlines():
-        warn(line)
 
 
 # ---- The log --------------------------------------------------------------------------------------------------------
@@ -121,7 +103,7 @@ class LogWriter:
                 try:
                     done(error)
                 except Exception:  # it keeps nobody else from an answer
-                    report_defect()
+                    sys.excepthook(*sys.exc_info())
 
     def _write(self, group):
         """Make the lines of a group durable and return None, or return the exception that prevented it."""
@@ -137,7 +119,7 @@ class LogWriter:
             self._sync(sync_file, self._fd)
         except Exception as error:
             self._close()  # and unlock
-            self._troubles.begin(self.path, f"the log cannot be written: {reason(error)}.")
+            self._troubles.begin(self.path, f"the log cannot be written: {sentence(error)}.")
             return error
         self._troubles.end(self.path, "the log can be written again.")
         return None
@@ -191,7 +173,7 @@ class LogWriter:
         directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
         try:
             fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-            self._sync(os.fsync, directory, harmless=CANNOT_SYNC)
+            self._sync(os.fsync, directory, harmless=(errno.EINVAL, errno.ENOTSUP))  # it cannot sync directories
         finally:
             os.close(directory)
         return fd
@@ -234,7 +216,7 @@ class Database:
                 raise Failure(f"no answer within {DATABASE_SECONDS} seconds")
             revenue = query.result()
         except (psycopg2.Error, Failure, RuntimeError) as error:
-            self._troubles.begin("The database", f"{reason(error).rstrip('.')}.")
+            self._troubles.begin("The database", f"{sentence(error)}.")
             raise Failure("the database does not answer") from None
         self._troubles.end("The database", "it answers again.")
         return revenue
@@ -341,8 +323,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(*refusal.args)
         except OSError:  # the peer is gone
             self.send_error(*NOT_WHOLE)
-        except Exception:
-            report_defect()
+        except Exception:  # nobody but this program can have made it
+            sys.excepthook(*sys.exc_info())
             self.send_error(500, "internal error")
 
     def set_deadline(self, seconds):
@@ -461,13 +443,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer that the server is well, or a user's revenue, digit for digit."""
         if self.path == "/health":
             return self.send(200, b'{"status": "ok"}')
-        encoded = self.path.removeprefix("/userEvents/")
-        try:
-            if re.search("%(?![0-9A-Fa-f]{2})", encoded):
-                raise ValueError
-            user = urllib.parse.unquote_to_bytes(encoded.encode("latin-1")).decode()
-        except ValueError:
-            raise Refusal(400, "the userId must be percent-encoded UTF-8") from None
+        encoded = self.path.removeprefix("/userEvents/").encode("latin-1")
+        user = urllib.parse.unquote_to_bytes(encoded).decode(errors="surrogateescape")
+        require(not re.search(b"%(?![0-9A-Fa-f]{2})", encoded) and not SURROGATE.search(user), 400,
+                "the userId must be percent-encoded UTF-8")
         try:
             # psycopg2 refuses a NUL with ValueError: no such user can be stored.
             revenue = None if "\0" in user else self.server.database.revenue(user)
@@ -525,7 +504,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if error is None:
                 return self.send(200, body)
             status = 507 if getattr(error, "errno", None) in NO_SPACE else 503
-            self.send_error(status, f"the log cannot be written: {reason(error)}")
+            self.send_error(status, f"the log cannot be written: {sentence(error)}")
         self.server.log.append(lines, answer)
 
     def send_error(self, status, error, headers=()):
@@ -700,7 +679,7 @@ def fork_worker(new_worker, lifeline, hold):
         hold.close()
         status = new_worker().run(lifeline)
     except Exception:
-        report_defect()
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(status)  # without waiting for a thread that hangs in a database
 
@@ -713,21 +692,13 @@ def parse_command_line(arguments):
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
     parser.add_argument("--log", default=DEFAULT_LOG, help="file to append to (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=usable_cores(),
-                        help="processes (default: one per usable core, %(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="(default: one per core, %(default)s)")
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         parser.error("--port must be from 0 to 65535")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
     return options
-
-
-def allow_descriptors():
-    """Raise the process's limit of open files; macOS begins with 256."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < DESCRIPTORS:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS, hard), hard))
 
 
 def read_authorization():
@@ -751,7 +722,8 @@ def main(arguments=None):
     """Run the command line and return its exit status."""
     options = parse_command_line(arguments)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until supervise() takes it over, Ctrl-C ends the process quietly
-    allow_descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # macOS begins with 256
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(DESCRIPTORS, hard)), hard))
     log = LogWriter(options.log)
     try:
         task = "use EVENTS_AUTHORIZATION"
@@ -769,7 +741,7 @@ def main(arguments=None):
         return supervise(functools.partial(Worker, listener, log, authorization), options.workers,
                          f"Listening on http://{shown}:{port}, logging to {options.log}, {options.workers} workers.")
     except (Failure, OSError, UnicodeError) as error:
-        warn(f"Cannot {task}: {reason(error)}.")
+        warn(f"Cannot {task}: {sentence(error)}.")
         return 1
 
 
