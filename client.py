@@ -182,15 +182,13 @@ class Delivery:
         for number, line in enumerate(lines, batch.first):
             if number in errors:
                 warn(f"{self.name}:{number}: {errors[number]}")
-                self._collect(batch.begin + line.start(), batch.end - len(batch.body) + line.end())
+                # From the file, because a batch may hold the beginning of a line alone.
+                begin, end = batch.begin + line.start(), batch.end - len(batch.body) + line.end()
+                for offset in range(begin, end, BATCH_BYTES):
+                    write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, end - offset)))
         self.rejected += len(errors)
         self.accepted += batch.events - len(errors)
         self.answered += batch.lines
-
-    def _collect(self, begin, end):
-        """Copy a rejected line from the file, of which a batch may hold the beginning alone."""
-        for offset in range(begin, end, BATCH_BYTES):
-            write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, end - offset)))
 
     def end(self):
         """Make the collected lines durable, print the receipt, and forget the delivery: every line was answered.
@@ -402,7 +400,7 @@ def parse_command_line(arguments):
     parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
     parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="of the server (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES", help="of a request (default: 5000)")
-    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="without success (default: 30)")
+    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="of failure (default: 30)")
     parser.add_argument("--restart", action="store_true", help="send the whole file as a new delivery in any case")
     parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)

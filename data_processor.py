@@ -1,6 +1,7 @@
 """Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit.
 
-Every event counts exactly once, whatever is killed, run again, run twice at once, copied, cut or rotated in between.
+Every event counts exactly once, whatever is killed, run again, run twice at once, copied, cut or rotated in between. A
+LOG means the file and its rotated siblings: LOG.1, LOG-20261124 and the like.
 
 Example: python data_processor.py server-events.jsonl
 
@@ -46,8 +47,7 @@ try:
     import psycopg2.errors
     import psycopg2.extensions
 except ImportError as error:
-    sys.exit(f"{error}. This program needs Linux or macOS (on Windows, WSL) and the PostgreSQL driver; install that "
-             "with: python -m pip install -r requirements.txt")
+    sys.exit(f"{error}. This needs Linux or macOS (on Windows, WSL) and python -m pip install -r requirements.txt.")
 
 DEFAULT_LOG = "server-events.jsonl"
 TABLES = Path(__file__).resolve().with_name("create_table.sql")
@@ -634,8 +634,7 @@ def count_once(sql, tallies):
         INSERT INTO event_producers (producer_id)
         SELECT producer_id FROM json_object_keys(%s) AS producer_id ORDER BY producer_id COLLATE "C"
         ON CONFLICT DO NOTHING""", [chunk])
-    sql.execute("""
-        SELECT FROM event_producers WHERE producer_id = ANY (%s) ORDER BY producer_id COLLATE "C" FOR UPDATE""",
+    sql.execute('SELECT FROM event_producers WHERE producer_id = ANY (%s) ORDER BY producer_id COLLATE "C" FOR UPDATE',
                 [list(ranges)])
     sql.execute("""
         WITH chunk AS MATERIALIZED (
@@ -740,10 +739,8 @@ def prepare_tables(sql, create=True):
     else:
         # Two processors that create the same table at once collide, even with IF NOT EXISTS.
         sql.execute("SELECT pg_advisory_xact_lock(hashtext('create_table.sql'))")
-        sql.execute("""
-            SELECT set_config('search_path', quote_ident(nspname), true)
-            FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-            WHERE pg_class.oid = to_regclass('users_revenue')""")
+        sql.execute("""SELECT set_config('search_path', relnamespace::regnamespace::text, true)
+                       FROM pg_class WHERE oid = to_regclass('users_revenue')""")
     sql.execute(statements)
 
 
@@ -832,8 +829,7 @@ class Processor:
             self.done.pop(log.state()[0], None)  # also if it has not grown: its writer may hold the lock
             self.apply_log(log)
             self.held.pop(path).close()
-            log = None
-        log = log or LogReader(path)
+        log = self.held.get(path) or LogReader(path)
         if self.follow and path in self.paths:
             self.held[path] = log
             return self.apply_log(log)
@@ -944,8 +940,7 @@ def exit_on(statuses):
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", metavar="LOG", nargs="*", default=[DEFAULT_LOG],
-                        help=f"each with its rotated siblings LOG.1, LOG-20261124, ... (default: {DEFAULT_LOG})")
+    parser.add_argument("logs", metavar="LOG", nargs="*", default=[DEFAULT_LOG], help=f"(default: {DEFAULT_LOG})")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--follow", action="store_true", help="look for new events every second until interrupted")
     mode.add_argument("--verify", action="store_true", help="change nothing; compare the database with the logs")

@@ -125,9 +125,8 @@ class LogWriter:
         return None
 
     def _write_all(self, data):
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._fd, rest):]
+        while data:
+            data = data[os.write(self._fd, data):]
 
     def _lock(self):
         """Open and lock the file to which path leads, and return where its last line ends. Nobody waits for the lock of
