@@ -625,10 +625,10 @@ class Worker:
             return self._producer, self._next_sequence - count
 
     def cut_off_overdue(self):
-        """Every second cut off the connections that are past their deadlines: first their reading, so that an answer
-        can still be sent, and DRAIN_SECONDS later everything."""
+        """Cut off the connections that are past their deadlines: first their reading, so that an answer can still be
+        sent, and DRAIN_SECONDS later everything."""
         while not self.stopping:
-            time.sleep(1)
+            time.sleep(DRAIN_SECONDS / 4)
             for connection, deadline in list(self.deadlines.items()):
                 overdue = time.monotonic() - deadline
                 if overdue > 0:
