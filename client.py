@@ -40,9 +40,10 @@ BATCHES_AHEAD = 2 * CONCURRENT_REQUESTS  # read and not yet answered: all that i
 REQUEST_SECONDS = 10  # without a byte from the server
 MAX_ANSWER_BYTES = 8 * 1024 * 1024  # 10,000 lines with an error each
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 5.0
-SILENT_SECONDS = 1  # in these we count the time without success; after the first one we say that we wait
+SILENT_SECONDS = 1  # the step in which the time without success is counted; after one, we say that we wait
 PROGRESS_SECONDS = 0.5
 
+ADVICE = {401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.", 413: " Lower --batch-size."}
 JSON, NDJSON = "application/json", "application/x-ndjson"
 BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*+(?=\n)")  # with the newline before it
 
@@ -77,7 +78,8 @@ def warn(line):
 # ---- The delivery of a file -----------------------------------------------------------------------------------------
 
 def open_regular(path, flags):
-    """Open a regular file, or raise Failure if it is something else, such as a pipe, which is not waited for."""
+    """Open a regular file, or raise Failure if it is something else, such as a pipe, which is not waited for. If flags
+    allow it, the file is written with write_all()."""
     file = open(path, "rb", opener=lambda path, _: os.open(path, flags | os.O_NONBLOCK, 0o640))
     if not os.path.isfile(file.fileno()):
         raise Failure(f"{path} is not a regular file. Name a file that has an event on each line.")
@@ -93,6 +95,7 @@ def write_all(file, data):
 def sync(file):
     """Make a file durable, and its name or the loss of it, if its file system can sync directories."""
     os.fsync(file.fileno())
+    fcntl.fcntl(file, getattr(fcntl, "F_FULLFSYNC", fcntl.F_GETFD))  # macOS: fsync stops at the drive's cache
     directory = os.open(os.path.dirname(file.name), os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -117,7 +120,7 @@ class Delivery:
         self._file = open_regular(path, os.O_RDONLY)
         self._state = self._lock(f"{path}.delivery")
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        self.size = self._file.tell()  # lines that are appended from now on belong to another delivery
+        self.size = self._file.tell()  # lines that are appended from now on are not sent
         content = {"size": self.size, "sha256": digest}
         self.producer = None if restart else self._unfinished(content)
         if self.producer:
@@ -159,7 +162,7 @@ class Delivery:
         return None
 
     def read(self, offset, size):
-        """Return size bytes from an offset on, or what is left, after which a last line has its newline in any case;
+        """Return size bytes from an offset on or, if less is left, that, with a newline if the file ends without one;
         raise Failure if the file became shorter."""
         left = self.size - offset
         self._file.seek(offset)
@@ -255,13 +258,12 @@ class Sender:
         self._headers = {"Authorization": authorization} if authorization else {}
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
         self.stopped = threading.Event()  # set it to let each thread end after the attempt that is under way
-        self._reason = "no answer yet"  # why an attempt failed after the last success, if one did
-        # A proxy would take these names for its own machine.
-        local = re.match(r"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url)
+        self._reason = "no answer yet"  # why the last attempt failed; None after a success
+        local = re.match(r"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url)  # not for a proxy
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None), EveryAnswer)
 
     def ask(self):
-        """Tell whether the server takes batches, waiting for it if it is not up yet; raise Failure."""
+        """Find out and tell whether the server takes batches, waiting for it if it is not up yet; raise Failure."""
         self._takes_batches = self._first_result([self._threads.submit(self._until_answered, self._ask)])
         return self._takes_batches
 
@@ -281,9 +283,7 @@ class Sender:
         pause, backoff = 0, FIRST_BACKOFF_SECONDS
         while not self.stopped.wait(pause):
             try:
-                result = attempt(*arguments)
-                self._reason = None
-                return result
+                return attempt(*arguments)
             except Retry as error:
                 self._reason = str(error)
             pause, backoff = random.uniform(backoff / 2, backoff), min(2 * backoff, MAX_BACKOFF_SECONDS)
@@ -308,6 +308,7 @@ class Sender:
                               "this command again to go on.")
         if said:
             warn(f"{self._url} answers.")
+        self._reason = None
         return futures[0].result()
 
     def _ask(self):
@@ -333,9 +334,7 @@ class Sender:
         words = f"status {status}: {_words(payload)}"
         if status in (408, 429) or status >= 500:
             raise Retry(words)
-        advice = {401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.",
-                  413: " Lower --batch-size."}
-        raise Failure(f"{self._url} answered with {words}.{advice.get(status, '')}")
+        raise Failure(f"{self._url} answered with {words}.{ADVICE.get(status, '')}")
 
     def _exchange(self, method, body, headers):
         """Return (status, headers, payload), or raise Retry when there is no answer."""
@@ -357,6 +356,7 @@ def _rejected_lines(batch, status, payload):
         answer = json.loads(payload)
         errors = {entry["line"]: str(entry["error"]) for entry in answer["rejected"]}
         lines = batch.body.split(b"\n") if errors else []
+        # Each rejected line is one that is there, named once, and not blank; all the other events are accepted.
         if (status == 200 and len(errors) == len(answer["rejected"])
                 and all(line in range(1, len(lines)) and lines[line - 1].strip() for line in errors)
                 and 0 <= answer["accepted"] == batch.events - len(errors)):
@@ -399,8 +399,8 @@ def parse_command_line(arguments):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
     parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="of the server (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES", help="of a request (default: 5000)")
-    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="of failure (default: 30)")
+    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES", help="(default: %(default)s)")
+    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="(default: %(default)s)")
     parser.add_argument("--restart", action="store_true", help="send the whole file as a new delivery in any case")
     parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)

@@ -36,7 +36,7 @@ import threading
 import time
 import urllib.parse
 
-from data_processor import (  # first, because it says in a sentence what this machine lacks
+from data_processor import (  # before fcntl and psycopg2: it says in a sentence that one of them is missing
     DEFAULT_LOG, MAX_SEQUENCE, SURROGATE, Failure, Troubles, add_log_field, as_line, check_event, check_id, connect,
     end_of_events, is_plain, leads_to, open_regular, say, sentence, stamp, sync_file, usable_cores, warn)
 
@@ -53,13 +53,13 @@ GROUP_BYTES = 16 * 1024 * 1024  # of lines that wait for the disk, in each worke
 REQUEST_SECONDS = 30  # from a request's first byte to its last
 IDLE_SECONDS = 75  # to take an answer and to begin the next request; load balancers reuse a connection for 60
 DATABASE_SECONDS = 2
-DRAIN_SECONDS = 2  # after a refusal, read on and discard for so long: closing at once could destroy the answer
-STOP_SECONDS, BACKLOG_SECONDS = 10, 1  # for what was received when the server stops; of these, for the backlog
+DRAIN_SECONDS = 2  # after a refusal, to read on and discard: closing at once could destroy the answer; after a deadline
+STOP_SECONDS, BACKLOG_SECONDS = 10, 1  # at a stop, to finish what was received; of them, to accept from the backlog
 LOCK_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, which another worker holds for about so long
-PAUSE_SECONDS = 0.005  # before another connection is taken when they, descriptors or threads have run out
+PAUSE_SECONDS = 0.005  # before accept() is tried again when connections, descriptors or threads have run out
 RESTART_SECONDS = 0.5  # before a worker is replaced, so that one that crashes at once does not become a fork loop
 
-MAX_CONNECTIONS, DESCRIPTORS = 1000, 2048  # per worker; further connections wait in the kernel's listen backlog
+MAX_CONNECTIONS, DESCRIPTORS = 1000, 2048  # per worker: one each, and some more; further ones wait in the backlog
 BACKLOG = 4096  # the kernel lowers it to its own limit (net.core.somaxconn)
 
 EXIT_SYNC_FAILED = 3  # status of a worker whose log can no longer be trusted; the parent then stops the server
@@ -73,7 +73,7 @@ class LogWriter:
 
     def __init__(self, path):
         self.path = path
-        self.failed = None  # the error of a sync, after which nothing is written any more
+        self.failed = None  # the error of a sync, after which this process writes nothing more
         self._fd = None  # opened by this process: the lock of an inherited descriptor would not exclude the others
         self._group = []  # [(lines, done)] that are written and synced together next
         self._group_bytes = 0
@@ -102,7 +102,7 @@ class LogWriter:
             for _, done in group:  # before the next group is written, so that these peers' next requests can join it
                 try:
                     done(error)
-                except Exception:  # it keeps nobody else from an answer
+                except Exception:  # one answer that fails must not cost the others theirs
                     sys.excepthook(*sys.exc_info())
 
     def _write(self, group):
@@ -110,12 +110,13 @@ class LogWriter:
         try:
             data = b"".join([lines for lines, _ in group])
             end = self._lock()
+            # The processor recognises a log by its first line, which gets a random field.
             try:
                 self._write_all(add_log_field(data) if data and end == 0 else data)
             except OSError:
-                os.ftruncate(self._fd, end)
+                os.ftruncate(self._fd, end)  # the disk is full: what was written will not be acknowledged
                 raise
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # other workers may write now: the sync takes the whole file
             self._sync(sync_file, self._fd)
         except Exception as error:
             self._close()  # and unlock
@@ -129,8 +130,8 @@ class LogWriter:
             data = data[os.write(self._fd, data):]
 
     def _lock(self):
-        """Open and lock the file to which path leads, and return where its last line ends. Nobody waits for the lock of
-        a file that was renamed: who has it may hold it for ever."""
+        """Open and lock the file to which path leads, and return where its last line ends. The lock of a file that was
+        renamed is not waited for: a stopped processor or an administrator may hold it for ever."""
         while not self.failed:
             if self._fd is None:
                 self._fd = self.open()
@@ -153,8 +154,8 @@ class LogWriter:
                 os.close(fd)
 
     def _end_last_line(self):
-        """Make the file end with a whole line, and return its end. What follows the last LF was never acknowledged: if
-        it is a whole event, add its LF, else cut it off."""
+        """Make the file end with a whole line, and return its end. What follows the last LF was never acknowledged: cut
+        it off, unless it is a whole event, which the processor may have counted and which gets its LF."""
         size = os.fstat(self._fd).st_size
         if size == 0 or os.pread(self._fd, 1, size - 1) == b"\n":
             return size
@@ -172,7 +173,7 @@ class LogWriter:
         directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
         try:
             fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-            self._sync(os.fsync, directory, harmless=(errno.EINVAL, errno.ENOTSUP))  # it cannot sync directories
+            self._sync(os.fsync, directory, harmless=(errno.EINVAL, errno.ENOTSUP))  # a file system without
         finally:
             os.close(directory)
         return fd
@@ -194,7 +195,7 @@ class LogWriter:
 class Database:
     """One connection, used by one thread of its own, so that a database that hangs holds up nothing else."""
 
-    # One round trip and one transaction: a connection that a pooler shares keeps nothing of it.
+    # One round trip and one transaction, with which the setting ends: a pooler may share the connection.
     QUERY = f"""
         SET LOCAL statement_timeout = {DATABASE_SECONDS * 1000};
         SELECT (SELECT trim_scale(revenue)::text FROM users_revenue WHERE user_id = %s)"""
@@ -241,6 +242,8 @@ class Database:
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
+# A HEADER is a line, HEADERS are all of them with the empty line. Groups of a HEAD: method, target, version, HEADERS.
+# A CHUNK is the line of its size; the last one has trailers, which look like HEADERS. ONCE must not be repeated.
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 HEADER = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 HEADERS = rf"((?:{HEADER.pattern})*+)\r\n"
@@ -254,7 +257,6 @@ ONCE = {"host", "authorization", "content-length", "transfer-encoding", "content
 METHODS = {"/liveEvent": "POST, OPTIONS", "/userEvents/": "GET, HEAD", "/health": "GET, HEAD"}
 JSON, NDJSON = "application/json", "application/x-ndjson"
 ACCEPT_POST = {"Accept-Post": f"{JSON}, {NDJSON}"}
-COMPRESSED = 415, "the body must not be compressed", {"Accept-Encoding": "identity"} | ACCEPT_POST
 TOO_LARGE = 413, f"the body must be at most {MAX_BODY_BYTES:,} bytes long"
 NOT_WHOLE = 408, f"the request ended early or took longer than {REQUEST_SECONDS} seconds"
 
@@ -272,11 +274,11 @@ def require(condition, *answer):
 
 
 def check_lines(body, count):
-    """Return the events in body, which is so many lines, as {index of a line: it, or it and the lines that follow it},
-    how many they are, and what is wrong with the other lines, as [{"line": number, "error": words}]; blank lines are
-    skipped.
+    """Return the events in body, which has count lines, as {index of a line: that line}, how many they are, and what is
+    wrong with the others, as [{"line": number, "error": words}]; blank lines are skipped. If all lines are plain, the
+    first one's entry holds them all.
 
-    With count 1, body is one event, however many line ends stand around its tokens.
+    With count 1, body is one event, however many line ends stand around its tokens: two events in it are none.
     """
     if is_plain(body + b"\n") and (count > 1 or b"\n" not in body):
         return {0: body + b"\n"}, count, []
@@ -299,7 +301,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self):
         """Answer one request after the other, while the connection is kept."""
-        self.owed = threading.Lock()  # held from a request's first byte until its answer is sent
+        self.owed = threading.Lock()  # held from a request's first byte until whichever thread has sent its answer
         self.close_connection = self.unread = False
         with contextlib.suppress(OSError):  # the peer is gone
             while not self.close_connection and self.rfile.peek(1):
@@ -320,7 +322,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.find_method()()
         except Refusal as refusal:
             self.send_error(*refusal.args)
-        except OSError:  # the peer is gone
+        except OSError:  # the peer is gone; the attempt to answer releases owed
             self.send_error(*NOT_WHOLE)
         except Exception:  # nobody but this program can have made it
             sys.excepthook(*sys.exc_info())
@@ -368,11 +370,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return line.decode("latin-1")
 
     def check_framing(self):
-        """Find out whether the connection is kept and how long the body is: length is a number of bytes, or None if the
-        body is chunked or there is none. Or raise Refusal."""
+        """Set close_connection, chunked, unread and length, the number of the body's bytes, or None if it is chunked or
+        there is none. Or raise Refusal."""
         coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
         old = self.request_version == "HTTP/1.0"
-        require(coding is None or length is None and coding.lower() == "chunked" and not old, 400,
+        require(coding is None or (length is None and coding.lower() == "chunked" and not old), 400,
                 "a body must have either one Content-Length or, in HTTP/1.1, Transfer-Encoding: chunked")
         require(length is None or re.fullmatch("[0-9]+", length), 400, "malformed Content-Length")
         require(old or "host" in self.headers, 400, "the Host header is missing")
@@ -394,7 +396,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "the Authorization header is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
     def read_body(self):
-        """Return the body, decoded; ask for it first when the sender waits to be asked. Or raise Refusal."""
+        """Return the body, without chunked framing; ask for it when the sender waits to be asked. Or raise Refusal."""
         require(self.chunked or self.length is not None, 411, "the request must have a Content-Length or be chunked")
         require(self.chunked or self.length <= MAX_BODY_BYTES, *TOO_LARGE)
         if "expect" in self.headers and self.unread and self.request_version != "HTTP/1.0":  # RFC 9110, 10.1.1
@@ -443,6 +445,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/health":
             return self.send(200, b'{"status": "ok"}')
         encoded = self.path.removeprefix("/userEvents/").encode("latin-1")
+        # What is not UTF-8 becomes lone surrogates.
         user = urllib.parse.unquote_to_bytes(encoded).decode(errors="surrogateescape")
         require(not re.search(b"%(?![0-9A-Fa-f]{2})", encoded) and not SURROGATE.search(user), 400,
                 "the userId must be percent-encoded UTF-8")
@@ -460,7 +463,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Log the one event, or the valid lines of the batch, and answer when they are durable."""
         media = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         require(media in (JSON, NDJSON), 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST)
-        require(self.headers.get("content-encoding", "identity").lower() == "identity", *COMPRESSED)
+        require(self.headers.get("content-encoding", "identity").lower() == "identity", 415,
+                "the body must not be compressed", {"Accept-Encoding": "identity"} | ACCEPT_POST)
         producer, first = self.read_id()
         body = self.read_body().removesuffix(b"\n")
         count = 1 if media == JSON else body.count(b"\n") + 1
@@ -490,7 +494,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return producer, sequence
 
     def stamp_lines(self, accepted, events, producer, first):
-        """Return the accepted lines, so many events, with their event ids; without a producer, this worker is it."""
+        """Return the accepted lines, which are events in number, with ids: the sender's or, without, this worker's."""
         if producer is None:  # consecutive ids for the events alone: every gap would stay in the database
             return stamp(b"".join(accepted.values()), *self.server.assign_ids(events))
         return b"".join([stamp(lines, producer, first + index) for index, lines in accepted.items()])
@@ -544,7 +548,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return head if self.command == "HEAD" else head + body
 
     def linger(self):
-        """Read on for DRAIN_SECONDS, until cut_off_overdue ends it, and discard: closing a socket with unread data
+        """Read on for DRAIN_SECONDS, until Worker ends it, and discard: closing a socket with unread data
         resets the connection, and the answer may be lost on its way (RFC 9112, 9.6)."""
         self.set_deadline(DRAIN_SECONDS)
         self.connection.shutdown(socket.SHUT_WR)
@@ -560,16 +564,17 @@ def _shut(connection, how):
 # ---- The processes --------------------------------------------------------------------------------------------------
 
 class Worker:
-    """One process's share of the server: a thread a connection, on a listening socket that all workers share."""
+    """One process's share of the server, which handlers know as self.server: a thread for each connection, on a
+    listening socket that all workers share."""
 
     def __init__(self, listener, log, authorization):
         self.log, self.authorization = log, authorization
         self.database = Database()
         self.decoding = {NDJSON: threading.Semaphore(DECODED_BATCHES), JSON: contextlib.nullcontext()}
-        self.stopping = False  # every answer ends its connection
+        self.stopping = False  # when it is True, every answer ends its connection
         self.deadlines = {}  # {connection: when it is cut off, in seconds of time.monotonic}, for all that are open
         self._listener = listener
-        self._accepted = None  # the connection that has no thread yet
+        self._accepted = None  # the (connection, address) that has no thread yet
         self._producer, self._next_sequence = secrets.token_urlsafe(16), 1
         self._id_lock = threading.Lock()
 
@@ -580,13 +585,14 @@ class Worker:
         ready = []
         while lifeline not in ready and not self.log.failed:
             self.accept()
-            ready, _, _ = select.select([self._listener, lifeline], [], [], 0.1)
+            ready, _, _ = select.select([self._listener, lifeline], [], [], 0.1)  # log.failed wakes nobody
         self.stopping, now = True, time.monotonic()
         while time.monotonic() < now + BACKLOG_SECONDS and self.accept():
             pass  # take what the kernel has accepted: those peers may have sent requests
+        _shut(self._listener, socket.SHUT_RD)  # for all processes that have it: whoever comes later is refused at once
         self._listener.close()
         for connection in list(self.deadlines):
-            _shut(connection, socket.SHUT_RD)  # on Linux, what has arrived can still be read
+            _shut(connection, socket.SHUT_RD)  # what has arrived can still be read on Linux; elsewhere it may be lost
         while self.deadlines and time.monotonic() < now + STOP_SECONDS:
             time.sleep(0.01)
         return EXIT_SYNC_FAILED if self.log.failed else 0
@@ -639,8 +645,8 @@ def supervise(new_worker, count, announcement):
     """Start count processes that run new_worker().run(lifeline), say announcement, and replace those that die, until
     SIGTERM, Ctrl-C or a failed sync; return the exit status, or raise OSError if they cannot be started.
 
-    lifeline is the reading end of a pipe whose only writing end is the parent's. Closing it, on purpose or by dying, is
-    the one signal to stop.
+    lifeline is the reading end of a pipe whose only writing end is the parent's. Closing that, on purpose or by dying,
+    is what tells the workers to stop.
     """
     lifeline, writing_end = os.pipe()
     hold = open(writing_end, "wb", buffering=0)
@@ -652,7 +658,7 @@ def supervise(new_worker, count, announcement):
     while workers:
         pid, ended = os.wait()
         if pid not in workers:
-            continue  # a child of the program that this process was before, or an orphan that process 1 inherits
+            continue  # started before this process became server.py, or an orphan that a container's process 1 adopts
         workers.remove(pid)
         code = os.waitstatus_to_exitcode(ended)
         if code == EXIT_SYNC_FAILED:

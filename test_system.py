@@ -3251,6 +3251,23 @@ class Processes(SystemTest):
             os.sched_setaffinity(0, {min(cores)})
             self.assertEqual(len(Server(self, log="second").workers()), 1)
 
+    def test_a_server_that_stops_refuses_new_connections_at_once(self):
+        server = Server(self)
+        with socket.socket() as deaf:  # its answer, which it does not read, keeps the server for some seconds
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", server.port))
+            deaf.sendall(post(body=b"x\n" * 10_000, media="application/x-ndjson") * 20)
+            time.sleep(0.5)
+            server.process.terminate()
+
+            def refused():
+                with contextlib.suppress(ConnectionRefusedError), server.connect():
+                    return False
+                return True
+            wait_until(refused, "it refuses connections", 5)
+            self.assertIsNone(server.process.poll(), "it ended before anything could be tested")
+        self.assertEqual(server.process.wait(20), 0)
+
     def test_a_worker_that_dies_is_replaced(self):
         # Also with a child of another program, whose exit status is 3, with SIGCHLD ignored, a full disk below stderr,
         # and a fork that fails.
