@@ -21,9 +21,9 @@ CREATE TABLE IF NOT EXISTS event_logs (
     digest bytea NOT NULL DEFAULT sha256('')
 );
 
--- The check, which data_processor.py runs whenever it connects: a table that was there before may not hold every user
--- and every sum, each user once. ON CONFLICT takes neither a partial key nor one of several columns, and it refuses a
--- deferrable one even beside a good one.
+-- The check, which data_processor.py runs whenever it connects (its role needs plpgsql, which all have by default): a
+-- table that was there before may not hold every user and every sum, each user once. ON CONFLICT takes neither a
+-- partial key nor one of several columns, and it refuses a deferrable one even beside a good one.
 DO $$
 DECLARE
     fault text;
@@ -48,7 +48,7 @@ BEGIN
         WHEN user_id IS NULL THEN
             'has no column user_id; mend it with: ALTER TABLE users_revenue '
             || 'ADD COLUMN user_id text COLLATE "C" UNIQUE'
-        WHEN NOT deterministic OR user_id !~ '^(text|character varying)(\(|$)'
+        WHEN NOT deterministic OR user_id !~ '^(text|character varying)([(]|$)'
                 OR substring(user_id FROM '[0-9]+')::int < 255 THEN
             format('keeps user_id as %s, which cannot hold every user or tell all of them apart; mend it with: '
                    'ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text COLLATE "C"', user_id)
@@ -62,8 +62,8 @@ BEGIN
         SELECT format_type(atttypid, atttypmod) AS user_id, collisdeterministic IS NOT false AS deterministic,
             EXISTS (SELECT FROM pg_index WHERE indrelid = attrelid AND indkey[0] = attnum AND indnkeyatts = 1
                     AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL) AS has_key,
-            (SELECT min(conname) FROM pg_constraint
-             WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND condeferrable) AS deferrable_key
+            (SELECT min(conname) FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum]
+             AND condeferrable AND contype IN ('p', 'u')) AS deferrable_key
         FROM pg_attribute LEFT JOIN pg_collation ON pg_collation.oid = attcollation
         WHERE attrelid = 'users_revenue'::regclass AND attname = 'user_id') AS of_user_id ON true;
     IF fault IS NOT NULL THEN

@@ -21,7 +21,6 @@ import collections
 import contextlib
 import decimal
 import errno
-import glob
 import hashlib
 import importlib
 import itertools
@@ -51,8 +50,8 @@ except ImportError as error:
 
 DEFAULT_LOG = "server-events.jsonl"
 TABLES = Path(__file__).resolve().with_name("create_table.sql")
-DECOMPRESSORS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # modules of the standard library
-COMPRESSED = (*DECOMPRESSORS, ".zst", ".lz4", ".Z")
+DECOMPRESSORS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}  # the last is of Python 3.14
+COMPRESSED = (*DECOMPRESSORS, ".lz4", ".Z")
 
 MAX_EVENT_BYTES = 64 * 1024
 MAX_DEPTH = 100  # far below where json itself gives up, which differs by version and stack: all must agree
@@ -304,10 +303,13 @@ def end_of_events(fd, size):
 
 
 def rotated_logs(path):
-    """Return the paths of the files that rotation made of the log at path: its name, a dot or a hyphen, a digit, …"""
-    beside = glob.glob(glob.escape(path) + "[.-][0-9]*")
+    """Return the paths of the files that rotation made of the log at path: its name, a dot or a hyphen, a digit, …
+    Raise OSError if its directory cannot be read."""
+    directory, name = os.path.split(path)
     # client.py leaves files with .delivery and .rejected in their names beside a rotated log that it sends.
-    return sorted([other for other in beside if not re.search(r"\.(?:delivery|rejected)", other[len(path):])])
+    rotated = re.compile(re.escape(name) + r"[.-][0-9](?!.*\.(?:delivery|rejected))", re.DOTALL)
+    entries = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
+    return sorted([os.path.join(directory, entry) for entry in entries if rotated.match(entry)])
 
 
 def decompress(file, suffix):
@@ -315,7 +317,7 @@ def decompress(file, suffix):
     unpacked = tempfile.TemporaryFile()
     file.seek(0)
     try:
-        with importlib.import_module(DECOMPRESSORS.get(suffix, suffix[1:])).open(file) as content:
+        with importlib.import_module(DECOMPRESSORS[suffix]).open(file) as content:
             shutil.copyfileobj(content, unpacked)
         unpacked.flush()
     except Exception as error:  # each of the modules raises others
@@ -377,7 +379,7 @@ class LogReader:
             try:
                 sync_file(self.file.fileno())
             except OSError as error:
-                raise SystemExit(f"{self.path}: a sync failed ({error.strerror}). Look after the disk.") from error
+                raise SystemExit(f"{self.path}: a sync failed ({error.strerror}), so it is not counted.") from error
             self._synced = self.end
 
     def read(self, offset, length):
@@ -781,7 +783,7 @@ class Processor:
                 if self.connection is None or not passing or self.failures >= ATTEMPTS:
                     if not self.follow:
                         raise
-                    self.troubles.begin("Events are not applied", f"{explain(error)} Trying again until it is mended.")
+                    self.troubles.begin("Events are not applied", f"trying again until it is mended. {explain(error)}")
                 if self.connection:
                     self.connection.close()
                 time.sleep(min(0.1 * 2 ** min(self.failures, 10), MAX_BACKOFF_SECONDS))

@@ -53,7 +53,8 @@ GROUP_BYTES = 16 * 1024 * 1024  # of lines that wait for the disk, in each worke
 REQUEST_SECONDS = 30  # from a request's first byte to its last
 IDLE_SECONDS = 75  # to take an answer and to begin the next request; load balancers reuse a connection for 60
 DATABASE_SECONDS = 2
-DRAIN_SECONDS = 2  # after a refusal, to read on and discard: closing at once could destroy the answer; after a deadline
+# After a refusal, to read on and discard: closing at once could destroy the answer. After a deadline, to send it.
+DRAIN_SECONDS, DRAIN_BYTES = 2, 16 * 1024 * 1024
 STOP_SECONDS, BACKLOG_SECONDS = 10, 1  # at a stop, to finish what was received; of them, to accept from the backlog
 LOCK_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, which another worker holds for about so long
 PAUSE_SECONDS = 0.005  # before accept() is tried again when connections, descriptors or threads have run out
@@ -119,7 +120,8 @@ class LogWriter:
             fcntl.flock(self._fd, fcntl.LOCK_UN)  # other workers may write now: the sync takes the whole file
             self._sync(sync_file, self._fd)
         except Exception as error:
-            self._close()  # and unlock
+            if self._fd is not None:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             self._troubles.begin(self.path, f"the log cannot be written: {sentence(error)}.")
             return error
         self._troubles.end(self.path, "the log can be written again.")
@@ -140,18 +142,13 @@ class LogWriter:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 end = self._end_last_line()  # of a renamed file, too: it may be concatenated with others
             if not leads_to(self.path, self._fd):
-                self._close()
+                fd, self._fd = self._fd, None
+                os.close(fd)
             elif end is not None:
                 return end
             else:
                 time.sleep(LOCK_PAUSE_SECONDS)
         raise self.failed
-
-    def _close(self):
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            with contextlib.suppress(OSError):  # what was acknowledged has been synced
-                os.close(fd)
 
     def _end_last_line(self):
         """Make the file end with a whole line, and return its end. What follows the last LF was never acknowledged: cut
@@ -548,12 +545,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return head if self.command == "HEAD" else head + body
 
     def linger(self):
-        """Read on for DRAIN_SECONDS, until Worker ends it, and discard: closing a socket with unread data
-        resets the connection, and the answer may be lost on its way (RFC 9112, 9.6)."""
+        """Read on for DRAIN_SECONDS, until Worker ends it, or up to DRAIN_BYTES, and discard: closing a socket with
+        unread data resets the connection, and the answer may be lost on its way (RFC 9112, 9.6)."""
         self.set_deadline(DRAIN_SECONDS)
         self.connection.shutdown(socket.SHUT_WR)
-        while self.rfile.read1(65536):
-            pass
+        left = DRAIN_BYTES
+        while left > 0 and (data := self.rfile.read1(65536)):
+            left -= len(data)
 
 
 def _shut(connection, how):
@@ -635,10 +633,11 @@ class Worker:
         sent, and DRAIN_SECONDS later everything."""
         while not self.stopping:
             time.sleep(DRAIN_SECONDS / 4)
-            for connection, deadline in list(self.deadlines.items()):
-                overdue = time.monotonic() - deadline
-                if overdue > 0:
-                    _shut(connection, socket.SHUT_RD if overdue < DRAIN_SECONDS else socket.SHUT_RDWR)
+            with contextlib.suppress(MemoryError):  # for the next look there may be some
+                for connection, deadline in list(self.deadlines.items()):
+                    overdue = time.monotonic() - deadline
+                    if overdue > 0:
+                        _shut(connection, socket.SHUT_RD if overdue < DRAIN_SECONDS else socket.SHUT_RDWR)
 
 
 def supervise(new_worker, count, announcement):

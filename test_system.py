@@ -512,7 +512,8 @@ def opened_log(path):
     try:
         yield log
     finally:
-        log._close()
+        if log._fd is not None:
+            os.close(log._fd)
 
 
 @contextlib.contextmanager
@@ -1326,7 +1327,7 @@ class Pipeline(SystemTest):
                 self.assertIn(f"{log}: cannot be decompressed", self.processor(log, status=1)[1])
         log, named = self.path("other", with_id("q", 1)), self.path("other.1.gz", gzip.compress(content))
         self.assertEqual(self.processor(log, named)[1], "", "it is not said to be left alone")
-        for name, words in (("log.zst", ": No module named 'zst'"), ("plain.gz", ": Not a gzipped file")):
+        for name, words in (("log.lz4", ": '.lz4'"), ("plain.gz", ": Not a gzipped file")):
             with self.subTest(name):
                 output, errors = self.processor(self.path(name, EVENT + b"\n"), status=1)
                 self.assertIn("cannot be decompressed" + words, errors)
@@ -1640,6 +1641,12 @@ class ExactlyOnce(SystemTest):
               unittest.mock.patch.object(data_processor, "sync_file", side_effect=OSError(errno.EIO, "broken")),
               unittest.mock.patch.object(data_processor.time, "sleep", side_effect=AssertionError("it goes on"))):
             self.assertRaisesRegex(SystemExit, f"^{log}: a sync failed [(]broken[)]", processor.run)
+        arguments, environment = patched("data_processor", (
+            "import errno\ndef broken(fd): raise OSError(errno.EIO, 'broken')\ndata_processor.sync_file = broken"))
+        run = subprocess.run([sys.executable, *arguments, log], env=os.environ | environment, capture_output=True,
+                             text=True)
+        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        self.assertEqual(run.stderr, f"{log}: a sync failed (broken), so it is not counted.\n")
         self.assertEqual((query("SELECT * FROM event_producers"), query("SELECT * FROM event_logs")), ([], []))
         apply(log)
         with unittest.mock.patch.object(data_processor, "sync_file") as sync:
@@ -1844,10 +1851,16 @@ class Cores(SystemTest):
 
     def test_new_events_are_read_once(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
-        reads = unittest.mock.Mock(side_effect=data_processor.read_rows)
-        with opened_reader(log) as log, unittest.mock.patch.object(data_processor, "read_rows", reads):
-            sums = data_processor.Tally(log, 0, log.end, False, 10**6).sums(b"\1" * 100)
-        self.assertEqual((sums, reads.call_count), (b'{"user1":100}', 1))
+        read_rows, reads = data_processor.read_rows, self.path("reads", b"")
+
+        def read_and_note(*arguments):
+            with open(reads, "a") as file:  # which the child shares with this process
+                file.write("read\n")
+            return read_rows(*arguments)
+        with unittest.mock.patch.object(data_processor, "read_rows", read_and_note):
+            apply(log)
+        self.assertEqual(reads.read_text(), "read\n")
+        self.assertRevenue({"user1": 100})
 
     def test_a_log_that_is_cut_between_its_readings_is_not_counted(self):
         for length in (0, len(with_id("p", 1))):
@@ -3034,7 +3047,8 @@ class Http(SystemTest):
         soon = {"IDLE_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}
         cases = {"idle after an event": (post(body=EVENT), b"", soon), "idle after health": (health, b"", soon),
                  "reads no answer": (health, 1000 * health, soon),
-                 "sends on and on": (large, b"x" * 10_000, {"DRAIN_SECONDS": 0.2})}
+                 "has not heard of the refusal": (large, b"x" * 10_000, {"DRAIN_BYTES": 2**30, "DRAIN_SECONDS": 0.2}),
+                 "sends on and on": (large, b"x" * 10_000, {"DRAIN_BYTES": 10**6, "DRAIN_SECONDS": 30})}
         for case, (begins, goes_on, settings) in cases.items():
             with self.subTest(case), warnings_of(server_module) as said, serving(log, **settings) as worker, \
                     socket.socket() as wire:
@@ -4162,6 +4176,17 @@ class Following(SystemTest):
         self.processor("server-events.jsonl")
         self.assertRevenue({"user1": 9})
 
+    def test_a_directory_that_cannot_be_listed_is_no_directory_without_rotated_logs(self):
+        log = self.path("server-events.jsonl", with_id("p", 1))
+        for run, arguments in (("apply", []), ("verify", ["--verify"])):
+            with self.subTest(run):
+                script, environment = patched("data_processor", (
+                    "import errno, os\ndef broken(path): raise OSError(errno.EACCES, 'Permission denied', path)\n"
+                    "os.listdir = broken"))
+                run = subprocess.run([sys.executable, *script, *arguments, log], env=os.environ | environment,
+                                     capture_output=True, text=True)
+                self.assertEqual((run.returncode, run.stderr), (1, f"{self.directory}: Permission denied.\n"))
+
     def test_other_files_beside_a_log_are_no_logs(self):
         self.path("server-events.jsonl", with_id("p", 1))
         for name in (".new", ".1.delivery", ".1.rejected-abc", ".delivery", ".old.1", "x.1", "-old", ".bak"):
@@ -4211,8 +4236,8 @@ class Following(SystemTest):
               unittest.mock.patch.object(data_processor.time, "sleep", side_effect=3 * [None] + [SystemExit])):
             self.assertRaises(SystemExit, processor.run)
             lines = printed().splitlines()
-        self.assertRegex(lines[0], "^Events are not applied: No database: down. Start PostgreSQL, "
-                                   ".*Trying again until it is mended.$")
+        self.assertRegex(lines[0], "^Events are not applied: trying again until it is mended. No database: down. "
+                                   "Start PostgreSQL, or correct .*")
         self.assertEqual(lines[1:], [f"{log}: 1 applied, 0 repeated, 0 rejected",
                                      "Events are not applied: this is over."])
 
@@ -4515,10 +4540,14 @@ class Words(SystemTest):
                   "numbers": "user_id bigint PRIMARY KEY, revenue numeric", "no key": "user_id text, revenue numeric",
                   "a deferrable key": "user_id text UNIQUE DEFERRABLE, revenue numeric",
                   "a deferrable key beside a good one": "user_id text PRIMARY KEY UNIQUE DEFERRABLE, revenue numeric",
+                  "a deferrable foreign key": "user_id text PRIMARY KEY REFERENCES others DEFERRABLE, revenue numeric",
                   "two columns": "user_id text, revenue numeric, UNIQUE (user_id, revenue)",
                   "a key for some users": "user_id text, revenue numeric); "
                                           "CREATE UNIQUE INDEX ON users_revenue (user_id) WHERE (revenue > 0",
                   "ids without case": "user_id text COLLATE caseless UNIQUE, revenue numeric", "nothing": "x int"}
+        query("CREATE TABLE others (id text PRIMARY KEY)")
+        query("INSERT INTO others VALUES (repeat('x', 255)), (repeat('X', 255))")
+        self.addCleanup(query, "DROP TABLE others CASCADE")
         query("CREATE COLLATION caseless (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
         self.addCleanup(query, "DROP COLLATION caseless CASCADE")
         for what, columns in tables.items():
