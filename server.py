@@ -501,6 +501,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_lines(self, lines, body):
         """Have lines logged and then answered with 200 and body, or with an error, by the thread that syncs them."""
         def answer(error):
+            """Send what came of it: nothing, or an exception."""
             if error is None:
                 return self.send(200, body)
             status = 507 if getattr(error, "errno", None) in NO_SPACE else 503

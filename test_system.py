@@ -3102,6 +3102,20 @@ class Http(SystemTest):
                 self.assertEqual(read_answer(wire)[0], 500)
             self.assertIs(hook.call_args[0][0], ZeroDivisionError)
 
+    def test_a_lack_of_memory_ends_no_deadline(self):
+        class Deadlines(dict):
+            def items(deadlines):
+                if not missing:
+                    missing.append("memory")
+                    raise MemoryError
+                return super().items()
+        missing, log = [], unittest.mock.Mock(failed=None)
+        with serving(log, IDLE_SECONDS=1, DRAIN_SECONDS=1) as worker:
+            worker.deadlines = Deadlines()
+            with socket.create_connection(worker.address, timeout=20) as idle:
+                self.assertEqual(idle.recv(1), b"")
+            self.assertEqual(missing, ["memory"])
+
     def test_a_worker_takes_no_more_connections_than_it_may_hold(self):
         with serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=1) as worker, contextlib.ExitStack() as stack:
             first, second = [stack.enter_context(socket.create_connection(worker.address)) for _ in range(2)]
@@ -3715,8 +3729,8 @@ class Client(SystemTest):
             self.assertEqual(sent, [(number, line[:60] + b"..." if number in long else line)
                                     for number, line in enumerate(expected, 1)])
             ends = list(itertools.accumulate(len(line) + 1 for line in expected))
-            self.assertEqual([(batch.begin, batch.end) for batch in batches],
-                             [(([0] + ends)[batch.first - 1], ends[batch.first + batch.lines - 2]) for batch in batches])
+            self.assertEqual([(batch.begin, batch.end) for batch in batches], [
+                (([0] + ends)[batch.first - 1], ends[batch.first + batch.lines - 2]) for batch in batches])
             self.assertEqual([batch.lines for batch in batches if batch.first in long], [1] * len(long))
             self.assertEqual(sum(batch.events for batch in batches), sum(bool(line.strip()) for _, line in sent))
             self.assertLessEqual(max((batch.lines for batch in batches), default=0), size)
@@ -3821,6 +3835,22 @@ class Client(SystemTest):
                 self.assertIn("status 503: full", errors)
                 self.assertIn("\nDelivery is unknown from line 4 on.\n", errors)
                 self.assertGreater(time.monotonic() - max(times.values()), 2.4)
+
+    def test_whatever_succeeds_keeps_it_from_giving_up(self):
+        waiting_for = list("234567")
+
+        def answer(_count, body):
+            line = body.decode().strip()
+            if line == "1":  # is refused until the others have succeeded, two after two
+                return (503, {}, b"") if waiting_for else success
+            time.sleep(1.3)
+            waiting_for.remove(line)
+            return success
+        success = 200, {}, b'{"accepted": 1, "rejected": []}'
+        self.path("events.jsonl", b"1\n2\n3\n4\n5\n6\n7\n")
+        with Recorder(options=[BATCHES], post=answer) as server:
+            output, _ = self.client("--url", server.url, "--batch-size", 1, "--give-up-after", 2.5)
+        self.assertIn("7 events accepted", output)
 
     def test_a_server_that_dribbles_is_not_waited_for_without_end(self):
         for method in (b"OPTIONS", b"POST"):
@@ -4540,14 +4570,10 @@ class Words(SystemTest):
                   "numbers": "user_id bigint PRIMARY KEY, revenue numeric", "no key": "user_id text, revenue numeric",
                   "a deferrable key": "user_id text UNIQUE DEFERRABLE, revenue numeric",
                   "a deferrable key beside a good one": "user_id text PRIMARY KEY UNIQUE DEFERRABLE, revenue numeric",
-                  "a deferrable foreign key": "user_id text PRIMARY KEY REFERENCES others DEFERRABLE, revenue numeric",
                   "two columns": "user_id text, revenue numeric, UNIQUE (user_id, revenue)",
                   "a key for some users": "user_id text, revenue numeric); "
                                           "CREATE UNIQUE INDEX ON users_revenue (user_id) WHERE (revenue > 0",
                   "ids without case": "user_id text COLLATE caseless UNIQUE, revenue numeric", "nothing": "x int"}
-        query("CREATE TABLE others (id text PRIMARY KEY)")
-        query("INSERT INTO others VALUES (repeat('x', 255)), (repeat('X', 255))")
-        self.addCleanup(query, "DROP TABLE others CASCADE")
         query("CREATE COLLATION caseless (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
         self.addCleanup(query, "DROP COLLATION caseless CASCADE")
         for what, columns in tables.items():
@@ -4563,6 +4589,13 @@ class Words(SystemTest):
                         break
                     query(re.fullmatch("users_revenue .*; mend it with: (ALTER TABLE users_revenue .*)\n", errors)[1])
                 self.assertRevenue(dict.fromkeys(users, 1))
+
+    def test_a_deferrable_foreign_key_is_no_unique_key(self):
+        query("CREATE TABLE others (id text PRIMARY KEY); INSERT INTO others VALUES ('user1')")
+        self.addCleanup(query, "DROP TABLE others CASCADE")
+        query("ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES others DEFERRABLE")
+        self.processor(self.path("log", with_id("p", 1)))
+        self.assertRevenue({"user1": 1})
 
     def test_tables_are_created_where_users_revenue_is(self):
         parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
