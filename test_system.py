@@ -4865,7 +4865,7 @@ class StartUp(unittest.TestCase):
         environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"} | nowhere
         run = subprocess.run([sys.executable, "-m", "unittest", "test_system.StartUp"], cwd=HERE, env=environment,
                              capture_output=True, text=True)
-        self.assertEqual(run.returncode, 1)
+        self.assertIn(run.returncode, (1, 5))  # 5 since Python 3.12: no test was run
         self.assertIn("RuntimeError: No PostgreSQL to test with", run.stderr)
         self.assertIn("FAILED (errors=1)", run.stderr)
 
