@@ -582,7 +582,7 @@ def apply_chunk(sql, log, previous):
     It starts at the recorded position if the bytes before that are unchanged. Otherwise (a copy, a cut, a restored
     backup) the log is being read again from byte 0, and the chunk starts where the previous one ended. Then the
     position stays where it is until the end is reached without rejecting an event that has no id, so that a log that
-    is put right again is known again; and it never moves back, so that neither a shorter copy makes it do so.
+    is put right again is known again. It never moves back, also when a shorter copy is read.
     """
     sql.execute("INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id])
     sql.execute("SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id])

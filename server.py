@@ -120,7 +120,7 @@ class LogWriter:
             fcntl.flock(self._fd, fcntl.LOCK_UN)  # other workers may write now: the sync takes the whole file
             self._sync(sync_file, self._fd)
         except Exception as error:
-            if self._fd is not None:
+            with contextlib.suppress(OSError, TypeError):  # it cannot be unlocked, or it could not even be opened
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
             self._troubles.begin(self.path, f"the log cannot be written: {sentence(error)}.")
             return error

@@ -2029,6 +2029,18 @@ class Durability(SystemTest):
         self.assertEqual((done, len(ids_in(self.path("log")))), ([None] * 3, 4))
         self.assertIs(hook.call_args[0][0], MemoryError)
 
+    def test_a_lock_that_cannot_be_released_keeps_nobody_from_an_answer(self):
+        flock, done = fcntl.flock, []
+
+        def fail(fd, operation):
+            if operation == fcntl.LOCK_UN:
+                raise OSError(errno.EIO, "stale")
+            flock(fd, operation)
+        with opened_log(self.path("log")) as log, captured(), \
+                unittest.mock.patch.object(server_module.fcntl, "flock", fail):
+            log.append(with_id("p", 1).encode(), done.append)
+        self.assertEqual([error.strerror for error in done], ["stale"])
+
     def test_without_memory_for_an_answer_its_connection_ends(self):
         with (opened_log(self.path("log")) as log, serving(log, DRAIN_SECONDS=1) as worker,
               contextlib.ExitStack() as stack):
