@@ -12,8 +12,8 @@ import sys
 import time
 from decimal import Decimal
 
-from tools import (BULK_CONNECTIONS, BULK_EVENTS, HERE, Failure, ask_for_revenue, connect,
-                   free_port, run_program, running, usable_cores, wrk)
+from shared import (BULK_CONNECTIONS, BULK_EVENTS, HERE, Failure, ask_for_revenue, connect,
+                    free_port, run_program, running, usable_cores, wrk)
 
 FORK = multiprocessing.get_context("fork")
 # One sync takes so little time that it is measured over so many.

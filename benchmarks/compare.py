@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tools import (BULK_CONNECTIONS, BULK_EVENTS, QUERY_CONNECTIONS, ROOT, Bench, Failure, Inputs,
-                   Measured, Missing, Scripts, at_least_one, new_parser, print_table,
-                   run_benchmark, say)
+from shared import (BULK_CONNECTIONS, BULK_EVENTS, QUERY_CONNECTIONS, ROOT, Bench, Failure, Inputs,
+                    Measured, Missing, Scripts, at_least_one, new_parser, print_table,
+                    run_benchmark, say)
 
 # What is measured of a version. The work tree is copied, too, so that an edit meanwhile does no
 # harm.

@@ -45,7 +45,7 @@ class EmptyServer(http.server.ThreadingHTTPServer):
 
 
 def main():
-    """Serve until SIGTERM, which tools.py sends to all processes together."""
+    """Serve until SIGTERM, which shared.py sends to all processes together."""
     port = int(sys.argv[1])
     processes = int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark decides when this ends

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import baselines
-from tools import (BULK_CONNECTIONS, BULK_EVENTS, NEW_EVENTS, ROOT, Bench, Failure, Inputs, Missing,
-                   Scripts, at_least_one, new_parser, print_table, run_benchmark, say,
-                   usable_cores)
+from shared import (BULK_CONNECTIONS, BULK_EVENTS, NEW_EVENTS, ROOT, Bench, Failure, Inputs,
+                    Missing, Scripts, at_least_one, new_parser, print_table, run_benchmark, say,
+                    usable_cores)
 
 # How the figures of a row are written.
 RATE = "{:,.0f}/s"

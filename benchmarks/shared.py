@@ -71,6 +71,8 @@ class Missing(Exception):
 
 def usable_cores():
     """Return on how many cores this process may run."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS, where only the table can be tested
+        return os.cpu_count()
     return len(os.sched_getaffinity(0))
 
 
