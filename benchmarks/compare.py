@@ -125,6 +125,20 @@ def copy_work_tree(directory):
 
 # ---- The table -----------------------------------------------------------------------------------
 
+class Cells(NamedTuple):
+    """A line of the table."""
+
+    work: str
+    before: str
+    after: str
+    ratio: str
+    better: str
+    memory: str
+
+
+HEADING = Cells("work", "before", "after", "ratio", "better", "peak memory: before, after: ratio")
+
+
 def ratio_text(ratios):
     """Return the median of some ratios with their range."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -143,15 +157,21 @@ def memory_text(pairs):
 
 
 def table_line(line, pairs, options):
-    """Return the cells of a Row in the table."""
+    """Return the Cells of a Row."""
     work = line.work.format(**vars(options))
     if not pairs:
-        return [work, "not measured", "", "", "", ""]
+        return Cells(work, "not measured", "", "", "", "")
     before = statistics.median(pair.before.value for pair in pairs)
     after = statistics.median(pair.after.value for pair in pairs)
     ratios = [pair.after.value / pair.before.value for pair in pairs]
-    return [work, line.unit.format(before), line.unit.format(after), ratio_text(ratios),
-            BETTER[line.unit], memory_text(pairs)]
+    return Cells(
+        work,
+        line.unit.format(before),
+        line.unit.format(after),
+        ratio_text(ratios),
+        BETTER[line.unit],
+        memory_text(pairs),
+    )
 
 
 # ---- The pairs -----------------------------------------------------------------------------------
@@ -174,7 +194,7 @@ def measure(options, directory, database):
     inputs = Inputs(old, directory, options.events)  # the older version writes the logs of both
     before = Bench(old, inputs, database, directory, options.seconds)
     after = Bench(new, inputs, database, directory, options.seconds)
-    lines = [["work", "before", "after", "ratio", "better", "peak memory: before, after: ratio"]]
+    lines = [HEADING]
     for name in options.rows:
         pairs = []
         try:

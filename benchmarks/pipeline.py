@@ -357,6 +357,20 @@ def large_new(bench):
 
 # ---- The table and the chart ---------------------------------------------------------------------
 
+class Cells(NamedTuple):
+    """A line of the table."""
+
+    work: str
+    measured: str
+    baseline: str
+    ratio: str
+    wanted: str
+    memory: str
+
+
+HEADING = Cells("work", "measured", "baseline", "ratio", "wanted", "peak memory")
+
+
 class Bar(NamedTuple):
     label: str
     row: str  # its name
@@ -398,19 +412,20 @@ def run_text(run):
 
 
 def table_line(line, runs, options):
-    """Return the cells of a Row in the table."""
+    """Return the Cells of a Row."""
     work = line.work.format(**vars(options))
     baseline_name = line.baseline.format(**vars(options))
     if not runs:
-        return [work, "not measured", baseline_name, "", line.wanted, ""]
+        return Cells(work, "not measured", baseline_name, "", line.wanted, "")
     measured = line.unit.format(median(runs, "measured"))
     peaks = peaks_text(runs, line.memory_mb)
     baseline = median(runs, "baseline")
     if baseline is None:
-        return [work, measured, f"not installed: {baseline_name}", "", line.wanted, peaks]
-    figure = line.unit.format(baseline)
+        missing = f"not installed: {baseline_name}"
+        return Cells(work, measured, missing, "", line.wanted, peaks)
+    compared = f"{line.unit.format(baseline)} {baseline_name}"
     ratio = median(runs, "ratio")
-    return [work, measured, f"{figure} {baseline_name}", f"{ratio:.2f}", line.wanted, peaks]
+    return Cells(work, measured, compared, f"{ratio:.2f}", line.wanted, peaks)
 
 
 def print_chart(figures, options):
@@ -435,7 +450,7 @@ def print_chart(figures, options):
 
 def print_results(figures, options, database):
     """Print the table and the chart, and what they were measured on."""
-    lines = [["work", "measured", "baseline", "ratio", "wanted", "peak memory"]]
+    lines = [HEADING]
     for name, runs in figures.items():
         lines.append(table_line(ROWS[name], runs, options))
     print_table(lines)
