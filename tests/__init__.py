@@ -1,0 +1,1 @@
+"""The tests, a file for each subject; the files tools*.py are what they share."""

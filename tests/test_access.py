@@ -1,0 +1,171 @@
+"""Who may ask the server, and how it starts."""
+
+import itertools
+import os
+import secrets
+import subprocess
+import sys
+
+from tests.tools import Server, patched
+from tests.tools_database import HERE, setUpModule
+from tests.tools_events import EVENT
+from tests.tools_http import post, request
+from tests.tools_requests import RequestTest
+
+
+class Access(RequestTest):
+    """The server is open to those alone whom it is meant for."""
+
+    def test_a_directory_that_cannot_be_used_is_said_at_the_start(self):
+        faults = {
+            "synced": "def fsync(fd):\n    raise OSError(5, 'Input/output error')\n"
+            "os.fsync = fsync",
+            "opened": "def open(path, *mode, real=os.open):\n    if os.path.isdir(path):\n"
+            "        raise PermissionError(13, 'Permission denied', path)\n"
+            "    return real(path, *mode)\nos.open = open",
+        }
+        for case, fault in faults.items():
+            with self.subTest(case):
+                script, path = patched("server", f"import os\n{fault}")
+                ended = subprocess.run(
+                    [sys.executable, *script, "--port", "0"],
+                    cwd=self.directory,
+                    timeout=20,
+                    env=os.environ | path,
+                    capture_output=True,
+                    text=True,
+                )
+                self.assertEqual(
+                    (ended.returncode, ended.stdout, ended.stderr.count("\n")), (1, "", 1)
+                )
+                self.assertIn("Cannot write the log", ended.stderr)
+
+    def test_a_loopback_host_is_accepted(self):
+        server = Server(self)
+        for host in (
+            "localhost",
+            "LOCALHOST:8000",
+            "127.0.0.1:8000",
+            "127.8.9.10",
+            "[::1]:8000",
+            "[::1]",
+        ):
+            with self.subTest(host):
+                self.assertStatus(server, 200, request("GET", "/health", host=host))
+
+    def test_a_foreign_host_is_refused_with_421(self):
+        hosts = {
+            "another name": "example.com",
+            "a name below localhost's": "localhost.example.com",
+            "a name that begins with an address": "127.0.0.1.example.com",
+            "an address for a user": "127.0.0.1@example.com",
+            "another IPv6 address": "[::2]",
+            "an empty name": "",
+            "a port that is no number": "localhost:x",
+            "the address of all interfaces": "0.0.0.0",
+        }
+        self.assertRefused(
+            421,
+            {rule: post(body=EVENT, host=host) for rule, host in hosts.items()}
+            | {
+                path: request("GET", path, host="example.com")
+                for path in ("/health", "/userEvents/user1", "/other")
+            },
+        )
+
+    def test_everything_but_health_needs_the_secret(self):
+        for secret in ("secret", "Bearer s\u00e9cret"):
+            server = Server(
+                self,
+                "--host",
+                "0.0.0.0",
+                EVENTS_AUTHORIZATION=secret,
+                log="log" + secrets.token_hex(4),
+            )
+            right = "Authorization: " + secret.encode().decode("latin-1")
+            wrong = {
+                "missing": [],
+                "empty": ["Authorization: "],
+                "in upper case": ["Authorization: Secret"],
+                "longer": ["Authorization: secrets"],
+                "right and longer": [right + "x"],
+            }
+            for rule, fields in wrong.items():
+                for method, path in (
+                    ("POST", "/liveEvent"),
+                    ("GET", "/userEvents/user1"),
+                    ("OPTIONS", "/liveEvent"),
+                    ("GET", "/x"),
+                ):
+                    with self.subTest(f"{rule}: {method} {path}"):
+                        sent = request(method, path, *fields, body=EVENT, host="example.com")
+                        headers, _ = self.assertStatus(server, 401, sent)
+                        self.assertTrue(headers["WWW-Authenticate"])
+            self.assertEqual(server.log.read_bytes(), b"")
+            self.assertStatus(server, 200, request("GET", "/health", host="example.com"))
+            self.assertStatus(
+                server, 404, request("GET", "/userEvents/user1", right, host="example.com")
+            )
+            self.assertStatus(server, 200, post(right, body=EVENT, host="example.com"))
+
+    def test_blanks_around_the_secret_do_not_count(self):
+        server = Server(self, EVENTS_AUTHORIZATION=" \tsecret \t")
+        self.assertStatus(server, 200, post("Authorization:   secret ", body=EVENT))
+        self.assertEqual(Server(self, EVENTS_AUTHORIZATION=" \t", log="second").post(EVENT)[0], 200)
+
+    def test_a_secret_that_no_header_can_carry_is_refused_at_the_start(self):
+        for case, secret in {
+            "a line end": "Bearer S3cret\n",
+            "a CR": "S3\rcret",
+            "a DEL": "S3cret\x7f",
+        }.items():
+            with self.subTest(case):
+                _, errors = self.run_script(
+                    "server.py", "--port", 0, status=1, EVENTS_AUTHORIZATION=secret
+                )
+                self.assertRegex(errors, r"\ACannot use EVENTS_AUTHORIZATION: .*\n\Z")
+                self.assertNotIn("S3", errors)
+
+    def test_without_a_secret_the_server_listens_on_loopback_alone(self):
+        secrets_missing = {"no secret": {}, "an empty secret": {"EVENTS_AUTHORIZATION": ""}}
+        for (case, environment), host in itertools.product(
+            secrets_missing.items(), ("0.0.0.0", "::", "")
+        ):
+            with self.subTest(case, host=host):
+                _, errors = self.run_script(
+                    "server.py", "--host", host, "--port", 0, status=1, **environment
+                )
+                self.assertIn("EVENTS_AUTHORIZATION", errors)
+                self.assertEqual(errors.count("\n"), 1)
+        self.assertEqual(Server(self, EVENTS_AUTHORIZATION="").post(EVENT)[0], 200)
+
+    def test_a_server_that_cannot_start_says_why_in_a_line(self):
+        server = Server(self)
+        cases = {
+            "a port in use": (["--port", server.port], "Address already in use"),
+            "a missing directory": (
+                ["--log", self.directory / "none" / "log"],
+                "No such file or directory",
+            ),
+            "a directory for a log": (["--log", self.directory], "Is a directory"),
+            "a device for a log": (["--log", "/dev/null"], "not a regular file"),
+            "a pipe for a log": (["--log", "/dev/stdout"], "not a regular file"),
+            "a malformed host": (["--host", "a..b"], "Cannot listen on a..b"),
+            "an unknown host": (["--host", "a.invalid"], "Cannot listen on a.invalid"),
+        }
+        for case, (arguments, words) in cases.items():
+            with self.subTest(case):
+                _, errors = self.run_script("server.py", "--port", 0, *arguments, status=1)
+                self.assertIn(words, errors)
+                self.assertEqual(errors.count("\n"), 1)
+        for option, value in (("--workers", 0), ("--port", 70_000), ("--port", -1)):
+            with self.subTest(option, value=value):
+                self.run_script("server.py", option, value, status=2)
+        ended = subprocess.run(
+            [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import server"],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+        )
+        self.assertEqual(ended.returncode, 1)
+        self.assertRegex(ended.stderr, r"\A.*Linux or macOS.*\n\Z")

@@ -1,0 +1,149 @@
+"""--verify finds each user whose revenue is not the sum of the logs."""
+
+import contextlib
+import os
+import time
+import unittest
+import unittest.mock
+
+import psycopg2
+import psycopg2.extensions
+
+import data_processor
+from tests.tools import SystemTest
+from tests.tools_database import drop_tables, query, setUpModule
+from tests.tools_events import EVENT, with_id, with_user
+from tests.tools_parts import captured
+
+
+class Audit(SystemTest):
+    """--verify compares the revenue with the logs and changes nothing."""
+
+    def logs(self):
+        """Return two logs with a repeated event, an event without an id, and a line that is no
+        event."""
+        dimes = "".join(with_id("p", n, f"user{n % 3}", "0.10") for n in (1, 2, 3, 4))
+        return [
+            self.path("one", dimes + EVENT.decode() + "\n"),
+            self.path(
+                "two",
+                with_id("p", 4, "user1", "0.10") + with_id("p", 5, "user9", -7) + "nonsense\n",
+            ),
+        ]
+
+    def test_verify_applies_nothing(self):
+        self.processor("--verify", *self.logs(), status=1)
+        self.assertEqual(query("SELECT * FROM event_logs"), [])
+
+    def test_verify_finds_that_applied_logs_agree(self):
+        tables = (
+            "SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7"
+        )
+        logs = self.logs()
+        self.processor(*logs, status=1)
+        before = query(tables)
+        copy = self.path("copy", logs[0].read_bytes() + EVENT.replace(b"1}", b"0}") + b"\n")
+        output, _ = self.processor("--verify", *logs, copy)
+        self.assertEqual(output, "users_revenue and the logs agree on 4 users.\n")
+        self.assertEqual(query(tables), before)
+
+    def test_verify_takes_its_time_between_two_statements(self):
+        logs = [str(self.path("log.1", with_id("p", 1))), str(self.path("log", with_id("p", 2)))]
+        self.processor(*logs)
+        find_end = data_processor.LogReader.find_end
+
+        def find_end_slowly(log):
+            time.sleep(0.5)
+            find_end(log)
+
+        with (
+            captured(),
+            unittest.mock.patch.object(data_processor, "IDLE_SECONDS", 0.2),
+            unittest.mock.patch.object(data_processor.LogReader, "find_end", find_end_slowly),
+        ):
+            self.assertTrue(data_processor.verify(logs))
+
+    def test_verify_compares_user_ids_of_another_collation(self):
+        log = self.path("log", with_id("p", 1) + with_id("p", 2, "user2"))
+        query('ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text COLLATE "en-x-icu"')
+        self.processor(log)
+        self.assertIn("agree on 2 users", self.processor("--verify", log)[0])
+
+    def test_verify_prints_each_user_whose_revenue_differs(self):
+        logs = self.logs()
+        self.processor(*logs, status=1)
+        query("UPDATE users_revenue SET revenue = revenue + 1e30 + 0.01 WHERE user_id = 'user2'")
+        query("DELETE FROM users_revenue WHERE user_id = 'user9'")
+        query("INSERT INTO users_revenue VALUES ('older', 5)")
+        output, _ = self.processor("--verify", *logs, status=1)
+        self.assertEqual(
+            output.splitlines()[:3],
+            [
+                "older: 5 in users_revenue, 0 in the logs, difference 5",
+                f"user2: 1{0:030}.11 in users_revenue, 0.10 in the logs, difference 1{0:030}.01",
+                "user9: 0 in users_revenue, -7 in the logs, difference 7",
+            ],
+        )
+        self.assertIn("3 users differ", output)
+
+    def test_verify_hides_the_tables_wherever_the_search_path_has_temporary_ones(self):
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        query("UPDATE users_revenue SET revenue = 5")
+        parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
+        dsn = psycopg2.extensions.make_dsn(**(parts | {"options": "-c search_path=public,pg_temp"}))
+        output, _ = self.processor("--verify", log, status=1, DATABASE_URL=dsn)
+        self.assertIn("user1: 5 in users_revenue, 1 in the logs, difference 4", output)
+
+    def test_a_log_that_cannot_be_read_is_no_agreement(self):
+        self.processor(self.path("log", EVENT + b"\n"))
+        output, errors = self.processor("--verify", "log", "missing", status=1)
+        self.assertIn("missing: No such file", errors)
+
+    def test_without_tables_it_creates_none(self):
+        drop_tables()
+        _, errors = self.processor("--verify", self.path("log", EVENT + b"\n"), status=1)
+        self.assertIn("do not exist yet", errors)
+        self.assertEqual(query("SELECT to_regclass('users_revenue')"), [(None,)])
+
+    def test_nothing_outlives_its_transaction_on_a_connection(self):
+        self.path("log", with_id("p", 1))
+        query("DROP TABLE event_producers, event_logs")  # which the first run creates
+        settings = """
+            SELECT name, setting FROM pg_settings
+            WHERE (source = 'session' OR context = 'user') AND name NOT LIKE 'plpgsql.%'
+            ORDER BY name"""
+        tables = """
+            SELECT nspname, relname
+            FROM pg_namespace JOIN pg_class ON pg_namespace.oid = relnamespace
+            WHERE relpersistence = 't'"""
+        shared = data_processor.connect()
+        pooled = unittest.mock.Mock(wraps=shared, closed=0, spec=shared)
+        pooled.__enter__, pooled.__exit__ = (lambda _: shared.__enter__()), (
+            lambda _, *error: shared.__exit__(*error)
+        )
+        pooled.close = shared.rollback  # what a pooler does at the end of a transaction
+        with contextlib.closing(shared), shared.cursor() as sql, captured():
+            for run in (lambda paths: data_processor.Processor(paths).run(), data_processor.verify):
+                for statement in (settings, tables):
+                    sql.execute(statement)
+                    before = sql.fetchall()
+                    shared.rollback()
+                    with unittest.mock.patch.object(data_processor, "connect", lambda **_: pooled):
+                        run([str(self.path("log"))])
+                    sql.execute(statement)
+                    self.assertEqual(sql.fetchall(), before, run)
+                    shared.rollback()
+        self.assertRevenue({"user1": 1})
+
+    def test_a_user_id_cannot_forge_a_verdict(self):
+        log = self.path(
+            "log", with_user('"a\\r\\u001b[2Kusers_revenue agrees\\n\\u202e\\u009b1m"') + b"\n"
+        )
+        self.processor(self.path("empty", b""))
+        output, _ = self.processor("--verify", log, status=1)
+        self.assertIn(
+            "a\\r\\x1b[2Kusers_revenue agrees\\n\\u202e\\x9b1m: 0 in users_revenue, 1 in the logs",
+            output,
+        )
+        self.assertEqual(output.count("\n"), 2)

@@ -1,0 +1,191 @@
+"""What the client prints."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+from tests.tools import Server
+from tests.tools_client import ClientTest
+from tests.tools_database import HERE, setUpModule
+from tests.tools_events import EVENT, ids_in
+from tests.tools_http import BATCHES, Recorder
+
+
+class ClientWords(ClientTest):
+    """What goes wrong in a sender's world is one sentence, and printing it decides nothing."""
+
+    def test_progress_is_shown_on_a_terminal_alone(self):
+        parent, terminal = os.openpty()
+        self.addCleanup(os.close, parent)
+        self.path("events.jsonl", EVENT + b"\n")
+        patch = (
+            "import itertools, time, types\n"
+            "monotonic = itertools.count(0, 5).__next__\n"
+            "client.time = types.SimpleNamespace(sleep=time.sleep, monotonic=monotonic)"
+        )
+        with Recorder(
+            options=[BATCHES],
+            post=lambda count, body: (200, {}, b'{"accepted": 1, "rejected": []}'),
+        ) as server:
+            arguments = ("--url", server.url, "--give-up-after", 1000)
+            self.assertEqual(self.run_client(*arguments, patch=patch, stderr=terminal)[0], 0)
+            os.close(terminal)
+            self.assertIn(b"\r\033[K1 events, 100%", os.read(parent, 10_000))
+            self.assertNotIn("100%", self.run_client(*arguments, patch=patch)[2])
+
+    def test_output_that_cannot_be_written_changes_no_outcome(self):
+        server = Server(self)
+        receiver, broken = os.pipe()
+        os.close(receiver)
+        self.addCleanup(os.close, broken)
+        full = os.open("/dev/full", os.O_WRONLY)
+        self.addCleanup(os.close, full)
+        for name, closing in (("stdout", "exec >&-"), ("stderr", "exec 2>&-")):
+            for case, stream in (("broken", broken), ("full", full), ("closed", None)):
+                with self.subTest(name, case=case):
+                    before = len(ids_in(server.log))
+                    self.path("events.jsonl", EVENT + b"\nbad\n")
+                    command = [sys.executable, HERE / "client.py", "--url", server.url]
+                    if stream is None:
+                        command = ["sh", "-c", f'{closing}; exec "$@"', "sh", *command]
+                    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                    run = subprocess.run(
+                        command, cwd=self.directory, **streams | ({name: stream} if stream else {})
+                    )
+                    self.assertEqual((run.returncode, self.state.exists()), (1, False))
+                    self.assertEqual(len(ids_in(server.log)) - before, 1)
+        self.path("events.jsonl", EVENT)
+        for arguments in (["--url", server.url], ["--help"]):
+            run = subprocess.run(
+                [sys.executable, HERE / "client.py", *arguments], cwd=self.directory, stdout=full
+            )
+            self.assertEqual(run.returncode, 0)
+
+    def test_no_text_from_elsewhere_is_obeyed_by_a_terminal(self):
+        events = self.path("журнал\udcff\033[2J.jsonl", EVENT)
+        words = json.dumps({"error": "a\033[31mb\r\nc\u0085 \u202e \ud800 é"}).encode()
+        with Recorder(
+            options=[(404, {}, b"")], post=lambda count, body: (400, {}, words)
+        ) as server:
+            for encoding, name in (
+                ("ascii", "\\u0436\\u0443\\u0440\\u043d\\u0430\\u043b"),
+                ("utf-8", "журнал"),
+            ):
+                with self.subTest(encoding):
+                    _, errors = self.client(
+                        events.name,
+                        "--url",
+                        server.url,
+                        "--restart",
+                        status=1,
+                        PYTHONIOENCODING=encoding,
+                    )
+                    self.assertIn(
+                        f"{name}\\udcff\\x1b[2J.jsonl:1: a\\x1b[31mb\\r\\nc\\x85 \\u202e \\ud800 ",
+                        errors,
+                    )
+                    self.assertTrue(errors.replace("\n", "").isprintable())
+
+    def test_no_password_is_printed(self):
+        self.path("events.jsonl", EVENT)
+        cases = {
+            "in --url": (["--url", "http://till:S3cret@localhost:1/liveEvent"], {}, 2),
+            "in --url, with a slash": (
+                ["--url", "http://till:S3cret/x@localhost:1/liveEvent"],
+                {},
+                2,
+            ),
+            "in the place of the file": (["http://till:S3cret@localhost/"], {}, 1),
+            "in the place of nothing": (["events.jsonl", "http://till:S3cret@localhost/"], {}, 2),
+            "in a header with a line end": ([], {"EVENTS_AUTHORIZATION": "S3cret\r\nX: y"}, 1),
+            "in a header with a NUL's neighbour": ([], {"EVENTS_AUTHORIZATION": "S3cret\x01"}, 1),
+            "in a header": (
+                ["--url", "http://127.0.0.1:1/"],
+                {"EVENTS_AUTHORIZATION": "S3cret"},
+                1,
+            ),
+            "in a malformed proxy": (
+                ["--url", "http://example.invalid/"],
+                {"http_proxy": "http://u:S3cret"},
+                1,
+            ),
+        }
+        for case, (arguments, environment, status) in cases.items():
+            with self.subTest(case):
+                output, errors = self.client(
+                    *arguments, "--give-up-after", 0, status=status, **environment
+                )
+                self.assertNotIn("S3cret", output + errors)
+                self.assertTrue(errors)
+        self.assertIn(
+            "EVENTS_AUTHORIZATION is malformed",
+            self.client(status=1, EVENTS_AUTHORIZATION="a\nb")[1],
+        )
+
+    def test_what_is_typed_wrong_is_said_in_a_sentence(self):
+        os.mkfifo(self.path("pipe"))
+        self.path("e", EVENT)
+        cases = {
+            "a missing file": (["missing"], 1, "missing: No such file or directory"),
+            "a directory": ([self.directory], 1, "Is a directory"),
+            "a pipe": (["pipe"], 1, "pipe is not a regular file."),
+            "a device": (["/dev/null"], 1, "/dev/null is not a regular file."),
+            "a directory that is missing": (["missing/e"], 1, "No such file or directory"),
+            "batches of 0": (["--batch-size", "0"], 2, "--batch-size must be"),
+            "batches of 10,001": (["--batch-size", "10001"], 2, "--batch-size must be"),
+            "a negative time": (["--give-up-after", "-1"], 2, "--give-up-after must"),
+            "a URL without a scheme": (["--url", "localhost:8000"], 2, "--url must look like"),
+            "a URL with half an address": (["--url", "http://[::1/"], 2, "--url must look like"),
+            "a URL with a port too large": (
+                ["--url", "http://localhost:99999/"],
+                2,
+                "--url must look like",
+            ),
+            "a URL of FTP": (["--url", "ftp://x/"], 2, "--url must look like"),
+            "a malformed host": (["e", "--url", "http://a..b/liveEvent"], 1, "is malformed"),
+        }
+        for case, (arguments, status, words) in cases.items():
+            with self.subTest(case):
+                _, errors = self.client(*arguments, status=status)
+                self.assertIn(words, errors)
+
+    def test_a_full_disk_is_said_in_a_sentence(self):
+        self.path("events.jsonl", EVENT)
+        _, _, errors = self.run_client(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+        )
+        self.assertIn(
+            "events.jsonl: File too large. Give client.py a file that it can read, "
+            "in a directory where it can write, then",
+            errors,
+        )
+
+    def test_a_missing_module_is_said_in_a_sentence(self):
+        server = Server(self)
+        self.path("events.jsonl", EVENT)
+        run = subprocess.run(
+            [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import client"],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+        )
+        self.assertEqual(
+            (run.returncode, run.stderr),
+            (1, "client.py locks files with fcntl: it needs Linux or macOS, or WSL on Windows.\n"),
+        )
+        without = [
+            "-c",
+            "import sys; sys.modules['ssl'] = None; import client; sys.exit(client.main())",
+        ]
+        for url, status, words in (("https://localhost/", 2, "no ssl module"), (server.url, 0, "")):
+            with self.subTest(url):
+                run = subprocess.run(
+                    [sys.executable, *without, "--url", url],
+                    cwd=self.directory,
+                    capture_output=True,
+                    text=True,
+                    env=os.environ | {"PYTHONPATH": str(HERE)},
+                )
+                self.assertEqual((run.returncode, words in run.stderr), (status, True), run.stderr)

@@ -1,0 +1,309 @@
+"""An acknowledged event survives a fault at any step."""
+
+import collections
+import contextlib
+import errno
+import fcntl
+import itertools
+import re
+import socket
+import sys
+import threading
+import time
+import unittest
+import unittest.mock
+
+import server as server_module
+from tests.tools import Server, SystemTest, run_in_child, wait_until
+from tests.tools_database import setUpModule
+from tests.tools_events import EVENT, ids_in, with_id
+from tests.tools_faults import FaultySystem, faulty
+from tests.tools_http import post, read_answer, serving
+from tests.tools_parts import append, captured, opened_log, warnings_of
+
+
+class Durability(SystemTest):
+    """An acknowledged event survives, although every step fails once."""
+
+    def append_with_fault(self, log_path, fault, at):
+        """Append three events in a child, one system call of which goes wrong; return (exit status,
+        what happened)."""
+        report = self.path("report", b"")
+
+        def child():
+            state = {
+                "count": 0,
+                "at": at,
+                "fault": fault,
+                "fired": None,
+                "short": False,
+                "synced": b"",
+                "named": False,
+            }
+            sys.stdout = sys.stderr = None  # what is printed is no system call of the log
+            with faulty(FaultySystem, state, log_path), open(report, "ab", buffering=0) as out:
+                log = server_module.LogWriter(str(log_path))
+                for sequence in range(1, 4):
+                    if sequence == 3 and log_path.exists():  # a rotation in between
+                        log_path.rename(self.path("rotated"))
+                    line = with_id("p", sequence).encode()
+                    try:
+                        append(log, line)
+                    except OSError:
+                        continue
+                    # "log" may have been put into the line
+                    if line[-20:] not in state["synced"] or not state["named"]:
+                        out.write(b"acknowledged before the sync\n")
+                    out.write(b"acknowledged %d\n" % sequence)
+                out.write(b"fired %s\n" % str(state["fired"]).encode())
+
+        status = run_in_child(child)
+        return status, report.read_text()
+
+    def assertAppendSurvives(self, fault, at):
+        """Append with a fault at a call, restart, check the logs; return (exit status, report,
+        acknowledged ids)."""
+        for name in ("log", "rotated"):
+            self.path(name).unlink(missing_ok=True)
+        path = self.path("log", with_id("earlier", 1) + '{"torn')
+        status, report = self.append_with_fault(path, fault, at)
+        self.assertIn(status, (0, 9))
+        self.assertNotIn("before the sync", report)
+        with opened_log(path) as log, captured():  # the restart
+            append(log, with_id("later", 1).encode())
+        ids = ids_in(
+            *[path for path in (self.path("rotated"), path) if path.exists()]
+        )  # fails on a glued line
+        self.assertEqual(len(ids), len(set(ids)))
+        acknowledged = {("p", int(n)) for n in re.findall(r"acknowledged (\d)", report)}
+        self.assertLessEqual(
+            acknowledged | {("earlier", 1), ("later", 1)}, set(ids), (fault, at, report)
+        )
+        self.assertLessEqual(set(ids), {("earlier", 1), ("later", 1), ("p", 1), ("p", 2), ("p", 3)})
+        return status, report, acknowledged
+
+    def test_an_append_survives_a_fault_at_any_step(self):
+        fired = collections.Counter()
+        for fault in FaultySystem.FAULTS:
+            for at in range(1, 200):
+                status, report, acknowledged = self.assertAppendSurvives(fault, at)
+                if status == 0 and "fired None" in report:
+                    if fault.startswith("short"):
+                        if at < 60:
+                            continue
+                    self.assertEqual(len(acknowledged), 3)
+                    break
+                fired[fault] += 1
+            else:
+                self.fail("no append was completed without the fault")
+        self.assertGreater(
+            min(fired[fault] for fault in FaultySystem.FAULTS if not fault.startswith("short")), 20
+        )
+        self.assertGreaterEqual(min(fired.values()), 3)
+
+    def test_an_event_that_comes_at_any_step_of_another_is_answered(self):
+        first, second = with_id("p", 1).encode(), with_id("p", 2).encode()
+
+        class Interrupted(FaultySystem):
+            def _call(self, name, real, *arguments, **options):
+                self._state["count"] += 1
+                if self._state["count"] == at:
+                    others.append(
+                        threading.Thread(target=log.append, args=[second, outcomes.append])
+                    )
+                    others[0].start()
+                    wait_until(
+                        lambda: second in [lines for lines, _ in log._group],
+                        "the other has joined a group",
+                    )
+                return real(*arguments, **options)
+
+        for at in itertools.count(1):
+            path, state, outcomes, others = self.path(f"log{at}"), {"count": 0}, [], []
+            with opened_log(path) as log, faulty(Interrupted, state, path):
+                log.append(first, outcomes.append)
+                for other in others:
+                    other.join(20)
+            if not others:
+                break
+            self.assertEqual((outcomes, ids_in(path)), ([None, None], [("p", 1), ("p", 2)]), at)
+        self.assertGreater(at, 5)
+
+    def test_whoever_comes_during_a_sync_shares_the_next_one(self):
+        goes_on, syncs, done = threading.Event(), [], []
+        sync = unittest.mock.patch.object(
+            server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20)
+        )
+        with opened_log(self.path("log")) as log, sync:
+            threads = [
+                threading.Thread(target=log.append, args=[with_id("p", n).encode(), done.append])
+                for n in range(10)
+            ]
+            threads[0].start()
+            wait_until(lambda: syncs, "the first is syncing")
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(
+                lambda: sum(thread.is_alive() for thread in threads) == 2,
+                "one of the others stays to sync for all",
+            )
+            goes_on.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual((len(syncs), done), (2, [None] * 10))
+
+    def test_few_lines_wait_for_the_disk_at_once(self):
+        goes_on, syncs, done = threading.Event(), [], []
+        sync = unittest.mock.patch.object(
+            server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20)
+        )
+        line = with_id("p", 1).encode()
+        with (
+            opened_log(self.path("log")) as log,
+            sync,
+            unittest.mock.patch.object(server_module, "GROUP_BYTES", 3 * len(line)),
+        ):
+            threads = [
+                threading.Thread(target=log.append, args=[line, done.append], daemon=True)
+                for _ in range(11)
+            ]
+            threads[0].start()
+            wait_until(lambda: syncs, "the first is syncing")
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(lambda: len(log._group) >= 3, "a group is full")
+            time.sleep(0.2)
+            self.assertEqual(len(log._group), 3)
+            goes_on.set()
+            wait_until(lambda: done == [None] * 11, "all are answered", seconds=10)
+            for thread in threads:
+                thread.join(20)
+
+    def test_an_answer_that_cannot_be_sent_keeps_nobody_else_from_theirs(self):
+        goes_on, done, syncs = threading.Event(), [], []
+
+        def fail(_error):
+            raise MemoryError
+
+        sync = unittest.mock.patch.object(
+            server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20)
+        )
+        with (
+            opened_log(self.path("log")) as log,
+            sync,
+            unittest.mock.patch("sys.excepthook") as hook,
+        ):
+            answers = [done.append, fail, done.append]
+            threads = [
+                threading.Thread(target=log.append, args=[with_id("p", number).encode(), answer])
+                for number, answer in enumerate([done.append, *answers], 1)
+            ]
+            threads[0].start()
+            wait_until(lambda: syncs, "the first is syncing")
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(lambda: len(log._group) == 3, "the others are a group")
+            goes_on.set()
+            for thread in threads:
+                thread.join(20)
+        self.assertEqual((done, len(ids_in(self.path("log")))), ([None] * 3, 4))
+        self.assertIs(hook.call_args[0][0], MemoryError)
+
+    def test_a_lock_that_cannot_be_released_keeps_nobody_from_an_answer(self):
+        flock, done = fcntl.flock, []
+
+        def fail(fd, operation):
+            if operation == fcntl.LOCK_UN:
+                raise OSError(errno.EIO, "stale")
+            flock(fd, operation)
+
+        with (
+            opened_log(self.path("log")) as log,
+            captured(),
+            unittest.mock.patch.object(server_module.fcntl, "flock", fail),
+        ):
+            log.append(with_id("p", 1).encode(), done.append)
+        self.assertEqual([error.strerror for error in done], ["stale"])
+
+    def test_without_memory_for_an_answer_its_connection_ends(self):
+        with (
+            opened_log(self.path("log")) as log,
+            serving(log, DRAIN_SECONDS=1) as worker,
+            contextlib.ExitStack() as stack,
+        ):
+            wires = [
+                stack.enter_context(socket.create_connection(worker.address, timeout=20))
+                for _ in range(2)
+            ]
+            with unittest.mock.patch.object(
+                server_module.Handler, "render", side_effect=MemoryError
+            ):
+                wires[0].sendall(post(body=EVENT))
+                self.assertEqual(wires[0].recv(1), b"")
+            wires[1].sendall(post(body=EVENT))
+            self.assertEqual(read_answer(wires[1])[0], 200)
+
+    def test_nobody_waits_for_the_lock_of_a_renamed_log(self):
+        server = Server(self, "--workers", "1")
+        self.assertEqual(server.post(EVENT)[0], 200)
+        with open(server.log, "rb") as moved:
+            fcntl.flock(moved, fcntl.LOCK_EX)  # as a client that sends it does
+            waiting = threading.Thread(target=server.post, args=[EVENT])
+            waiting.start()
+            waiting.join(0.5)
+            self.assertTrue(waiting.is_alive(), "the lock of the log itself is waited for")
+            server.log.rename(self.path("moved"))
+            waiting.join(5)
+            self.assertFalse(waiting.is_alive())
+        self.assertEqual([len(ids_in(path)) for path in (self.path("moved"), server.log)], [1, 1])
+
+    def test_a_last_line_is_ended_if_it_is_whole_and_else_cut_off(self):
+        line, new = with_id("p", 1).encode(), with_id("new", 1).encode()
+        kept = {"an event with an id": line[:-1], "an event without one": EVENT}
+        cut = {f"{end} bytes": line[:end] for end in range(1, len(line) - 1)} | {
+            "NULs": b"\0" * 10,
+            "two events glued": line[:-1] * 2,
+            "300 KB": b"x" * 300_000,
+            "half a character": b"\xe2\x82",
+        }
+        path = self.path("log")
+        for case, tail in (kept | cut).items():
+            with (
+                self.subTest(case),
+                opened_log(self.path("log", line + tail)) as log,
+                warnings_of(server_module) as said,
+            ):
+                append(log, new)
+                self.assertEqual(
+                    path.read_bytes(), line + (tail + b"\n" if case in kept else b"") + new
+                )
+                self.assertEqual(len(said), case in cut)
+
+    def test_a_renamed_log_has_its_last_line_ended_too(self):
+        path = self.path("log")
+        with opened_log(path) as log, warnings_of(server_module):
+            append(log, with_id("p", 1).encode())
+            size = path.stat().st_size
+            with path.open("a") as torn:
+                torn.write("unfinish")  # by another worker, killed then
+            path.rename(self.path("renamed"))
+            append(log, with_id("p", 2).encode())
+        self.assertEqual((self.path("renamed").stat().st_size, ids_in(path)), (size, [("p", 2)]))
+
+    def test_a_log_that_is_rotated_while_it_is_opened_anew_is_followed(self):
+        path = self.path("log")
+        with opened_log(path) as log:
+            path.write_text("unfinish")  # by another worker, killed then
+            path.rename(self.path("first"))
+            reopen = log.open
+
+            def open_and_rotate():
+                fd = reopen()
+                if not self.path("second").exists():
+                    path.rename(self.path("second"))
+                return fd
+
+            with unittest.mock.patch.object(log, "open", open_and_rotate), captured():
+                append(log, with_id("p", 1).encode())
+        self.assertEqual([self.path(name).stat().st_size for name in ("first", "second")], [0, 0])
+        self.assertEqual(ids_in(path), [("p", 1)])

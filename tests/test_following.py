@@ -1,0 +1,323 @@
+"""Rotated logs are found, and --follow reads on through rotations and outages."""
+
+import fcntl
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest
+import unittest.mock
+
+import psycopg2
+
+import data_processor
+from tests.tools import Server, SystemTest, patched, wait_until
+from tests.tools_database import (
+    empty_tables,
+    locked_users,
+    query,
+    setUpModule,
+    terminate_backends,
+    waiting,
+)
+from tests.tools_events import EVENT, with_id
+from tests.tools_parts import captured, opened_processor, poll
+
+
+class Following(SystemTest):
+    """The processor finds the rotated logs and, with --follow, reads on through rotations and
+    outages."""
+
+    def follow(self, log):
+        """Start data_processor.py --follow and return it with a function that waits for a revenue
+        of user1."""
+        follower = self.start("data_processor.py", "--follow", log)
+
+        def wait_for_revenue(expected, what):
+            wait_until(lambda: query("SELECT revenue FROM users_revenue") == [(expected,)], what)
+
+        return follower, wait_for_revenue
+
+    def assertStops(self, follower):
+        """Check that a follower ends quietly when it is told to."""
+        follower.terminate()
+        self.assertEqual(follower.wait(10), 0)
+        began, ended = (
+            "server-events.jsonl: No such file.*\n",
+            "server-events.jsonl: is read again.\n",
+        )
+        self.assertRegex(follower.stderr.read(), rf"\A({began}({ended})?)*\Z")
+
+    def test_follow_reads_through_rotations(self):
+        server = Server(self)
+        follower, wait_for_revenue = self.follow("server-events.jsonl")
+        server.post(EVENT)
+        wait_for_revenue(1, "the first event was applied")
+        server.post(EVENT)
+        server.log.rename(self.path("renamed"))
+        server.post(EVENT)
+        wait_for_revenue(3, "both logs were read")
+        follower.send_signal(signal.SIGSTOP)
+        for number in (1, 2):  # two rotations while nobody looks
+            server.log.rename(self.path(f"server-events.jsonl.{number}"))
+            server.post(EVENT)
+        follower.send_signal(signal.SIGCONT)
+        wait_for_revenue(5, "all logs were read")
+        server.log.rename(self.path("server-events.jsonl.3"))  # and no log is begun in its place
+        for total in (6, 7):
+            with open(self.path("server-events.jsonl.3"), "a") as log:
+                log.write(with_id("p", total))
+            wait_for_revenue(total, "the renamed log is read once more")
+        self.assertStops(follower)
+
+    def test_follow_reads_through_a_lost_connection(self):
+        server = Server(self)
+        follower, wait_for_revenue = self.follow("server-events.jsonl")
+        server.post(EVENT)
+        wait_for_revenue(1, "the first event was applied")
+        server.log.rename(self.path("renamed"))
+        server.post(EVENT)
+        wait_for_revenue(2, "both logs were read")
+        terminate_backends()
+        server.post(EVENT)
+        wait_for_revenue(3, "the connection was made again")
+        self.assertStops(follower)
+
+    def test_follow_waits_for_what_is_not_there_yet(self):
+        follower = self.start("data_processor.py", "--follow", "new/log")
+        self.assertIn(
+            "new/log: No such file or directory; start server.py", follower.stderr.readline()
+        )
+        self.path("new").mkdir()
+        time.sleep(1.5)  # it looks again
+        self.path("new/log", EVENT + b"\n")
+        self.assertEqual(follower.stderr.readline(), "new/log: is read again.\n")
+        wait_until(
+            lambda: query("SELECT revenue FROM users_revenue") == [(1,)], "the log is applied"
+        )
+
+    def test_a_named_log_means_its_rotated_siblings_too(self):
+        log = self.path("server-events.jsonl", with_id("p", 1))
+        for number, name in enumerate((".1", ".2", "-20261124", ".2026-11-25"), 2):
+            self.processor("server-events.jsonl")
+            with open(log, "a") as file:
+                file.write(with_id("p", number))
+            log.rename(self.path(f"server-events.jsonl{name}"))
+            log.write_text(with_id("q", number))
+        self.processor("server-events.jsonl")
+        self.assertRevenue({"user1": 9})
+
+    def test_a_directory_that_cannot_be_listed_is_no_directory_without_rotated_logs(self):
+        log = self.path("server-events.jsonl", with_id("p", 1))
+        for run, arguments in (("apply", []), ("verify", ["--verify"])):
+            with self.subTest(run):
+                script, environment = patched(
+                    "data_processor",
+                    (
+                        "import errno, os\n"
+                        "def broken(path): raise OSError(errno.EACCES, 'Permission denied', path)\n"
+                        "os.listdir = broken"
+                    ),
+                )
+                run = subprocess.run(
+                    [sys.executable, *script, *arguments, log],
+                    env=os.environ | environment,
+                    capture_output=True,
+                    text=True,
+                )
+                self.assertEqual(
+                    (run.returncode, run.stderr), (1, f"{self.directory}: Permission denied.\n")
+                )
+
+    def test_other_files_beside_a_log_are_no_logs(self):
+        self.path("server-events.jsonl", with_id("p", 1))
+        for name in (
+            ".new",
+            ".1.delivery",
+            ".1.rejected-abc",
+            ".delivery",
+            ".old.1",
+            "x.1",
+            "-old",
+            ".bak",
+        ):
+            self.path("server-events.jsonl" + name, with_id("q", 1))
+        for arguments in ([], ["server-events.jsonl"]):
+            self.processor(*arguments)
+        self.assertRevenue({"user1": 1})
+
+    def test_a_database_that_was_restored_is_brought_up_to_date(self):
+        for number in (1, 2):
+            self.path(f"log.{number}", with_id(f"p{number}", 1))
+        self.path("log", with_id("p", 1))
+        self.start("data_processor.py", "--follow", "log")
+        wait_until(
+            lambda: query("SELECT revenue FROM users_revenue") == [(3,)], "all logs are applied"
+        )
+        empty_tables()  # an older state
+        terminate_backends()
+        wait_until(
+            lambda: query("SELECT revenue FROM users_revenue") == [(3,)],
+            "all logs are applied again",
+        )
+
+    def test_more_rotated_logs_than_descriptors_are_followed(self):
+        for number in range(90):
+            self.path(f"log.{number}", with_id(f"p{number}", 1))
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
+        arguments, environment = patched("data_processor", limit)
+        follower = subprocess.Popen(
+            [sys.executable, *arguments, "--follow", "log"],
+            cwd=self.directory,
+            text=True,
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            self.path("log", with_id("p", 1))
+            wait_until(
+                lambda: query("SELECT revenue FROM users_revenue") == [(91,)],
+                "all logs are applied",
+            )
+            with open(self.path("log"), "a") as log:
+                log.write(with_id("p", 2))
+            wait_until(
+                lambda: query("SELECT revenue FROM users_revenue") == [(92,)],
+                "the live log is read",
+            )
+        finally:
+            follower.terminate()
+            self.assertNotIn("Too many", follower.communicate()[1])
+
+    def test_an_outage_is_said_when_it_begins_and_when_it_ends(self):
+        log = self.path("log", with_id("p", 1))
+        connect, broken = data_processor.connect, [True] * 3
+
+        def connect_later(**options):
+            if broken:
+                broken.pop()
+                raise psycopg2.OperationalError("down")
+            return connect(**options)
+
+        with (
+            captured() as printed,
+            opened_processor(log, follow=True) as processor,
+            unittest.mock.patch.multiple(data_processor, connect=connect_later),
+            unittest.mock.patch.object(
+                data_processor.time, "sleep", side_effect=3 * [None] + [SystemExit]
+            ),
+        ):
+            self.assertRaises(SystemExit, processor.run)
+            lines = printed().splitlines()
+        self.assertRegex(
+            lines[0],
+            "^Events are not applied: trying again until it is mended. No database: down. "
+            "Start PostgreSQL, or correct .*",
+        )
+        self.assertEqual(
+            lines[1:],
+            [f"{log}: 1 applied, 0 repeated, 0 rejected", "Events are not applied: this is over."],
+        )
+
+    def test_an_outage_of_any_length_is_tried_again_at_least_every_30_seconds(self):
+        log, pauses = self.path("log", with_id("p", 1)), []
+        apply_chunk, broken = data_processor.apply_chunk, [True] * 40
+
+        def apply_later(*arguments):
+            if broken:
+                broken.pop()
+                raise psycopg2.OperationalError("down")
+            return apply_chunk(*arguments)
+
+        def pause(seconds):
+            pauses.append(seconds)
+            if not broken and seconds == data_processor.POLL_SECONDS:
+                raise SystemExit
+
+        with (
+            captured(),
+            opened_processor(log, follow=True) as processor,
+            unittest.mock.patch.object(data_processor, "apply_chunk", apply_later),
+            unittest.mock.patch.object(data_processor.time, "sleep", pause),
+        ):
+            self.assertRaises(SystemExit, processor.run)
+        self.assertLessEqual(max(pauses), data_processor.MAX_BACKOFF_SECONDS)
+        self.assertRevenue({"user1": 1})
+
+    def test_follow_reads_nothing_of_a_log_that_has_not_grown(self):
+        with (
+            captured(),
+            opened_processor(self.path("log", with_id("p", 1)), follow=True) as processor,
+        ):
+            poll(processor)
+            with unittest.mock.patch.object(data_processor, "apply_chunk") as apply_chunk:
+                poll(processor)
+        apply_chunk.assert_not_called()
+
+    def test_a_compressed_log_that_is_not_whole_yet_is_read_later(self):
+        whole = gzip.compress("".join(with_id("p", n) for n in range(1, 101)).encode())
+        log = self.path("log.gz", whole[:50])
+        with captured() as printed, opened_processor(log, follow=True) as processor:
+            for content, applied in ((whole[:50], []), (whole, [(100,)])):
+                log.write_bytes(content)
+                for _ in range(2):
+                    poll(processor)
+                    self.assertEqual(query("SELECT revenue FROM users_revenue"), applied)
+            self.assertRegex(
+                printed(),
+                "^.*log.gz: cannot be decompressed: .*\n.*: 100 applied.*\n.*is read again.\n$",
+            )
+
+    def test_a_log_that_was_renamed_is_closed(self):
+        log = self.path("log", with_id("p", 1))
+        with captured(), opened_processor(log, follow=True) as processor:
+            poll(processor)
+            renamed = processor.held[str(log)]
+            log.rename(self.path("renamed"))
+            self.path("log", with_id("p", 2))
+            poll(processor)
+        self.assertTrue(renamed.file.closed)
+        self.assertRevenue({"user1": 2})
+
+    def test_sigterm_ends_a_run_with_143_and_a_follower_with_0(self):
+        log = self.path("log", EVENT + b"\n")
+        with locked_users():
+            for number, (arguments, status) in enumerate((([], 143), (["--follow"], 0)), 1):
+                processor = self.start("data_processor.py", log, *arguments)
+                wait_until(lambda: len(waiting()) == number, "the processor waits")
+                processor.terminate()
+                self.assertEqual(
+                    (processor.communicate(timeout=5), processor.returncode), (("", ""), status)
+                )
+
+    def test_a_renamed_log_is_read_when_its_writer_is_done(self):
+        self.path("archive").mkdir()
+        path = self.path("log", with_id("p", 1))
+        with (
+            captured(),
+            opened_processor(path, follow=True) as processor,
+            open(path, "ab", buffering=0) as writer,
+        ):
+            poll(processor)
+            fcntl.flock(writer, fcntl.LOCK_EX)
+            path.rename(self.path("archive/old"))
+            self.path("log", with_id("q", 1))
+            run = threading.Thread(target=poll, args=[processor])
+            run.start()
+            time.sleep(0.3)  # it waits for the lock
+            writer.write(with_id("p", 2).encode())
+            fcntl.flock(writer, fcntl.LOCK_UN)
+            run.join(20)
+        self.assertRevenue({"user1": 3})
+
+    def test_the_rotated_logs_of_a_linked_log_are_found(self):
+        self.path("data").mkdir()
+        os.symlink("data/log", self.path("log"))
+        self.path("data/log.1", with_id("p", 1))
+        self.path("data/log", with_id("p", 2))
+        self.processor("log")
+        self.assertRevenue({"user1": 2})

@@ -1,0 +1,230 @@
+"""What the processor reads: plain logs, compressed ones, unfinished lines."""
+
+import bz2
+import fcntl
+import gzip
+import itertools
+import json
+import lzma
+import subprocess
+import unittest
+import unittest.mock
+
+import data_processor
+from tests.tools import SystemTest
+from tests.tools_database import empty_tables, setUpModule
+from tests.tools_events import EVENT, oracle, with_id, write_events
+from tests.tools_parts import append, apply, captured, opened_log, opened_processor, poll
+
+
+class Logs(SystemTest):
+    """Each line of a log is applied or rejected, whatever stands beside it."""
+
+    def test_each_line_of_a_plain_log_that_grows_is_applied_once(self):
+        logs = [write_events(self.path(f"plain{seed}"), 100, seed) for seed in (1, 2)]
+        for appended in (False, True):
+            for log in logs:
+                if appended:
+                    log.write_bytes(
+                        log.read_bytes() + write_events(self.path("more"), 50, seed=3).read_bytes()
+                    )
+                self.processor(log)
+                self.processor(log)
+            self.assertRevenue(oracle(*logs))
+
+    def test_an_edited_plain_log_has_its_lines_without_an_id_refused(self):
+        log = write_events(self.path("plain.jsonl"), 3)
+        first, second, third = log.read_bytes().splitlines(keepends=True)
+        self.processor(log)
+        expected = oracle(log)
+        log.write_bytes(
+            first + third + second.replace(b"user", b"loser") + with_id("p", 1, "new", 5).encode()
+        )
+        _, errors = self.processor(log, status=1)
+        self.assertIn(
+            f"plain.jsonl: byte {len(first)}: an event without producerId and sequence", errors
+        )
+        self.assertRevenue(expected | {"new": 5})
+        log.write_bytes(first * 50 + log.read_bytes())  # whatever is shifted behind the position
+        self.processor(log, status=1)
+        self.assertRevenue(expected | {"new": 5})
+
+    def test_an_edited_plain_log_that_is_put_right_is_known_again(self):
+        log = write_events(self.path("plain.jsonl"), 3)
+        content = log.read_bytes()
+        self.processor(log)
+        log.write_bytes(content.splitlines(keepends=True)[0] + content + EVENT + b"\n")
+        for _ in range(2):
+            _, errors = self.processor(log, status=1)
+            self.assertEqual(errors.count("an event without producerId and sequence"), 5)
+        log.write_bytes(content + EVENT + b"\n")
+        self.processor(log)
+        self.assertRevenue(oracle(log))
+
+    def test_the_processor_applies_the_other_lines_of_a_log_with_bad_ones(self):
+        lines = [
+            EVENT + b"\n",
+            b'{"userId": "user1"}\n',
+            b"\xff\n",
+            b"\n",
+            EVENT + b"\n",
+            b"x" * 300_000 + b"\n",
+            EVENT + b"\n",
+            EVENT[:-1],
+        ]
+        log = self.path("server-events.jsonl", b"".join(lines))
+        output, errors = self.processor(status=1)
+        self.assertEqual(
+            output,
+            "server-events.jsonl: 3 applied, 0 repeated, 3 rejected; "
+            f"{len(EVENT) - 1} bytes of an unfinished last line left\n",
+        )
+        starts = [sum(map(len, lines[:i])) for i in (1, 2, 5)]
+        self.assertEqual(
+            [line.split(": ")[:2] for line in errors.splitlines()],
+            [["server-events.jsonl", f"byte {start}"] for start in starts],
+        )
+        self.assertEqual(log.read_bytes(), b"".join(lines))
+        self.assertEqual(self.processor()[1], "")
+        self.assertRevenue({"user1": 3})
+
+    def test_a_log_that_cannot_be_read_is_named_in_a_sentence(self):
+        cases = {
+            "a directory": ([self.directory], "is not a regular file"),
+            "a missing log": (["missing"], "missing: No such file"),
+            "the default log": (
+                [],
+                "server-events.jsonl: No such file or directory; start server.py",
+            ),
+        }
+        for case, (arguments, words) in cases.items():
+            with self.subTest(case):
+                self.assertIn(words, self.processor(*arguments, status=1)[1])
+
+    def test_a_compressed_log_is_read_when_it_is_named(self):
+        content = "".join(with_id("p", n) for n in range(1, 1001)).encode()
+        for ending, module in ((".1.gz", gzip), (".2.bz2", bz2), (".3.xz", lzma)):
+            with self.subTest(ending):
+                empty_tables()
+                log = self.path("log" + ending, module.compress(content))
+                self.assertIn("1,000 applied", self.processor(log)[0])
+                self.assertIn("agree on 1 users", self.processor("--verify", log)[0])
+                log.write_bytes(log.read_bytes()[:-20])
+                self.assertIn(f"{log}: cannot be decompressed", self.processor(log, status=1)[1])
+        log, named = self.path("other", with_id("q", 1)), self.path(
+            "other.1.gz", gzip.compress(content)
+        )
+        self.assertEqual(self.processor(log, named)[1], "", "it is not said to be left alone")
+        for name, words in (("log.lz4", ": '.lz4'"), ("plain.gz", ": Not a gzipped file")):
+            with self.subTest(name):
+                output, errors = self.processor(self.path(name, EVENT + b"\n"), status=1)
+                self.assertIn("cannot be decompressed" + words, errors)
+
+    def test_a_compressed_log_is_decompressed_once(self):
+        log = self.path("log.gz", gzip.compress(with_id("p", 1).encode()))
+        decompress = unittest.mock.Mock(side_effect=data_processor.decompress)
+        with unittest.mock.patch.object(data_processor, "decompress", decompress):
+            apply(log)
+            self.assertEqual(decompress.call_count, 1)
+            with captured(), opened_processor(log, follow=True) as processor:
+                poll(processor)
+                poll(processor)
+            self.assertEqual(decompress.call_count, 2)
+        self.assertRevenue({"user1": 1})
+
+    def test_a_last_event_without_its_line_end_counts_once_however_the_log_goes_on(self):
+        last = {"without an id": EVENT, "with an id": with_id("p", 1).encode()[:-1]}
+        more = {
+            "a line end and an event": b"\n" + EVENT,
+            "CR LF": b"\r\n" + EVENT + b"\n",
+            "a blank line": b"\n\n" + EVENT,
+            "the next event on its line": EVENT + b"\n",
+            "a space": b" \n" + EVENT,
+        }
+        for (what, event), (how, rest) in itertools.product(last.items(), more.items()):
+            for beginning in (EVENT + b"\n", b""):
+                if not beginning and not rest.startswith(b"\n") and event == EVENT:
+                    continue  # with another first line it is another log
+                with self.subTest(last=what, more=how, beginning=beginning):
+                    empty_tables()
+                    log = self.path("log", beginning + event)
+                    for _ in range(2):
+                        self.assertNotIn("unfinished", self.processor(log)[0])
+                    log.write_bytes(log.read_bytes() + rest)
+                    glued = not beginning and rest.startswith(
+                        EVENT
+                    )  # the first line of another log, and no event
+                    for status in (int(glued), 0):
+                        self.processor(log, status=status)
+                    self.assertRevenue({"user1": 2 + bool(beginning) - glued})
+
+    TAILS = {
+        "NULs": b"\0" * 10,
+        "a line of NULs": b"\0" * 10 + b"\n",
+        "an empty line": b"\n",
+        "empty lines": b"\n\n\n",
+        "half a character": b"\xe2\x82",
+        "a line with half a character": b"\xe2\x82\n",
+        "half a field": b'{"userId": "user1", "na',
+        "an event without a line end": EVENT,
+        "an event with an id without a line end": with_id("p", 9).encode()[:-1],
+        "a line of braces": b"}" * 5 + b"\n",
+        "CR": b"\r",
+        "CRLF": b"\r\n",
+        "a space": b" ",
+        "a line with a quote": b'"\n',
+        "300 KB": b"x" * 300_000,
+        "a line of 300 KB": b"x" * 300_000 + b"\n",
+        "open braces": b"{" * 1000,
+        "a line of UTF-16's mark": b"\xff\xfe\n",
+        "two events glued": with_id("p", 9).encode()[:-1] * 2,
+    }
+
+    def test_an_unfinished_last_line_harms_no_other_line(self):
+        lines = [with_id("p", n, f"user{n}").encode() for n in range(1, 6)]
+        content, new = b"".join(lines), with_id("new", 1, "new").encode()
+        shapes = {
+            f"cut at byte {end}": content[:end]
+            for end in range(len(b"".join(lines[:2])), len(content) + 1)
+        }
+        shapes |= {case: content + tail for case, tail in self.TAILS.items()}
+        self.assertGreater(len(shapes), 250)
+        with opened_processor(self.path("log"), follow=True) as processor, captured():
+            for case, shape in shapes.items():
+                with self.subTest(case):
+                    empty_tables()
+                    last = shape.rpartition(b"\n")[2]
+                    kept = shape + b"\n" if self.is_event(last) else shape.removesuffix(last)
+                    expected = {f"user{n}": 1 for n, line in enumerate(lines, 1) if line in kept}
+                    if case == "an event without a line end":
+                        expected["user1"] += 1
+                    elif case.startswith("an event with an id"):
+                        expected["user1"] += 1
+                    path = self.path("log", shape)
+                    poll(processor)
+                    self.assertRevenue(expected)
+                    with opened_log(path) as log:
+                        append(log, new)
+                    self.assertEqual(path.read_bytes(), kept + new)
+                    poll(processor)
+                    self.assertRevenue(expected | {"new": 1})
+
+    def is_event(self, text):
+        """Tell whether text is a whole event, judged by Python's own parser."""
+        try:
+            return set(json.loads(text)) >= {"userId", "name", "value"}
+        except ValueError:
+            return False
+
+    def test_no_line_is_taken_while_a_server_may_take_it_back(self):
+        log = self.path("log", with_id("p", 1))
+        with open(log, "ab") as server:
+            fcntl.flock(server, fcntl.LOCK_EX)
+            server.write(with_id("p", 2).encode())
+            server.flush()
+            processor = self.start("data_processor.py", log)
+            with self.assertRaises(subprocess.TimeoutExpired):
+                processor.wait(1)
+            server.truncate(len(with_id("p", 1)))
+        self.assertEqual(processor.wait(20), 0)
+        self.assertRevenue({"user1": 1})

@@ -1,0 +1,315 @@
+"""The client tries again what is not answered for certain, and nothing else."""
+
+import json
+import signal
+import threading
+import time
+import unittest
+import unittest.mock
+
+import client as client_module
+from tests.tools import Server, free_port
+from tests.tools_client import ClientTest
+from tests.tools_database import setUpModule
+from tests.tools_events import EVENT, ids_in, write_events
+from tests.tools_http import BATCHES, Recorder, dribbling
+
+
+class Requests(ClientTest):
+    """A batch is sent until its answer is certain."""
+
+    def test_it_waits_for_a_server_that_is_not_up_yet(self):
+        port = free_port()
+        events = write_events(self.path("events.jsonl"), 3)
+        client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
+        self.assertIn("Waiting for http://localhost", client.stderr.readline())
+        events.write_bytes(
+            events.read_bytes() + EVENT
+        )  # what is appended now belongs to another delivery
+        Server(self, port=port)
+        output, errors = client.communicate(timeout=20)
+        self.assertEqual(
+            (output[:17], errors),
+            ("3 events accepted", f"http://localhost:{port}/liveEvent answers.\n"),
+        )
+
+    def test_the_random_pause_before_a_retry_doubles(self):
+        spans = []
+        with Recorder(
+            options=[(503, {}, b"")] * 12 + [BATCHES], post=None
+        ) as server, unittest.mock.patch.object(
+            client_module.random, "uniform", lambda *span: spans.append(span) or 0
+        ):
+            self.assertTrue(client_module.Sender(server.url, 30).ask())
+        self.assertTrue(all(low < high for low, high in spans))
+        self.assertEqual(
+            [high for _, high in spans],
+            [min(spans[0][1] * 2**n, client_module.MAX_BACKOFF_SECONDS) for n in range(12)],
+        )
+
+    def test_it_gives_up_so_long_after_the_last_success(self):
+        times = {}
+
+        def answer(_count, body):
+            times.setdefault(body, time.monotonic())
+            if body.strip() == b"4":
+                return 503, {}, b'{"error": "full"}'
+            time.sleep(1)  # three of these take longer than --give-up-after
+            return success
+
+        self.path("events.jsonl", b"1\n2\n3\n4\n")
+        for case, options, success in (
+            ("batches", BATCHES, (200, {}, b'{"accepted": 1, "rejected": []}')),
+            ("single events", (404, {}, b""), (200, {}, b"")),
+        ):
+            times.clear()
+            with self.subTest(case), Recorder(options=[options], post=answer) as server:
+                status, _, errors = self.run_client(
+                    "--url",
+                    server.url,
+                    "--batch-size",
+                    1,
+                    "--give-up-after",
+                    2.5,
+                    "--restart",
+                    patch="client.CONCURRENT_REQUESTS = 1",
+                )
+                self.assertEqual(status, 1)
+                self.assertIn("Gave up after 2.5 s", errors)
+                self.assertIn("status 503: full", errors)
+                self.assertIn("\nDelivery is unknown from line 4 on.\n", errors)
+                self.assertGreater(time.monotonic() - max(times.values()), 2.4)
+
+    def test_whatever_succeeds_keeps_it_from_giving_up(self):
+        waiting_for = list("234567")
+
+        def answer(_count, body):
+            line = body.decode().strip()
+            if line == "1":  # is refused until the others have succeeded, two after two
+                return (503, {}, b"") if waiting_for else success
+            time.sleep(1.3)
+            waiting_for.remove(line)
+            return success
+
+        success = 200, {}, b'{"accepted": 1, "rejected": []}'
+        self.path("events.jsonl", b"1\n2\n3\n4\n5\n6\n7\n")
+        with Recorder(options=[BATCHES], post=answer) as server:
+            output, _ = self.client("--url", server.url, "--batch-size", 1, "--give-up-after", 2.5)
+        self.assertIn("7 events accepted", output)
+
+    def test_a_server_that_dribbles_is_not_waited_for_without_end(self):
+        for method in (b"OPTIONS", b"POST"):
+            with self.subTest(method), dribbling(method) as url:
+                self.path("events.jsonl", EVENT)
+                begun = time.monotonic()
+                _, errors = self.client("--url", url, "--give-up-after", "1", "--restart", status=1)
+                self.assertIn("Gave up after 1 s", errors)
+                self.assertLess(time.monotonic() - begun, 10)
+
+    def test_a_stopped_client_does_not_count_the_time_that_it_stood_still(self):
+        seen = threading.Event()
+
+        def answer(_count, _body):
+            seen.set()
+            time.sleep(3)
+            return 200, {}, b'{"accepted": 1, "rejected": []}'
+
+        self.path("events.jsonl", EVENT)
+        with Recorder(options=[BATCHES], post=answer) as server:
+            client = self.start("client.py", "--url", server.url, "--give-up-after", "1")
+            seen.wait(10)
+            client.send_signal(signal.SIGSTOP)
+            time.sleep(2.5)
+            client.send_signal(signal.SIGCONT)
+            output, errors = client.communicate(timeout=20)
+            self.assertIn("1 events accepted", output, errors)
+
+    def test_a_wrong_secret_stops_it_with_the_words_of_the_server(self):
+        secret = {"EVENTS_AUTHORIZATION": "Bearer s\u00e9cret"}
+        server = Server(self, **secret)
+        write_events(self.path("events.jsonl"), 3)
+        for case, wrong in {
+            "none": {},
+            "a blank": {"EVENTS_AUTHORIZATION": " "},
+            "another": {"EVENTS_AUTHORIZATION": "other"},
+        }.items():
+            with self.subTest(case):
+                _, errors = self.client("--url", server.url, status=1, **wrong)
+                words = (
+                    "status 401: the Authorization header is missing or wrong. "
+                    "Set EVENTS_AUTHORIZATION"
+                )
+                self.assertIn(words, errors)
+                self.assertNotIn("other", errors)
+        self.client("--url", server.url, **secret)
+        self.assertEqual(len(ids_in(server.log)), 3)
+
+    def test_blanks_around_the_secret_are_not_sent(self):
+        self.path("events.jsonl", EVENT)
+        for secret, sent in (("\t a b \t", "a b"), (" \t", None), ("", None)):
+            with self.subTest(secret), Recorder(
+                options=[BATCHES],
+                post=lambda count, body: (200, {}, b'{"accepted": 1, "rejected": []}'),
+            ) as server:
+                self.client("--url", server.url, EVENTS_AUTHORIZATION=secret)
+                self.assertEqual([headers["Authorization"] for headers, _ in server.posts], [sent])
+
+    def test_a_server_of_single_events_is_sent_one_at_a_time(self):
+        def answer(_count, body):
+            return (
+                (refused, {}, b'{"error": "no"}')
+                if b"bad" in body
+                else (200, {}, b"Event received")
+            )
+
+        for options, refused in ((404, 400), (405, 413), (501, 422), (200, 400)):
+            with self.subTest(options=options), Recorder(
+                options=[(options, {}, b"")], post=answer
+            ) as server:
+                self.path(
+                    "events.jsonl",
+                    EVENT + b"\n\n" + EVENT.replace(b"user1", b"bad") + b"\r\n" + EVENT,
+                )
+                output, errors = self.client("--url", server.url, "--batch-size", 3, status=1)
+                self.assertIn("2 events accepted, 1 rejected", output)
+                self.assertIn("events.jsonl:3: no\n", errors)
+                self.assertEqual(
+                    [
+                        (headers["Content-Type"], headers["Sequence"], json.loads(body)["userId"])
+                        for headers, body in sorted(
+                            server.posts, key=lambda sent: sent[0]["Sequence"]
+                        )
+                    ],
+                    [
+                        ("application/json", sequence, user)
+                        for sequence, user in (("1", "user1"), ("3", "bad"), ("4", "user1"))
+                    ],
+                )
+                self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
+
+    def test_a_line_too_long_for_a_batch_is_rejected_by_a_server_of_single_events(self):
+        def answer(_count, body):
+            try:
+                json.loads(body)
+            except ValueError:
+                return 413, {}, b'{"error": "too long"}'
+            return 200, {}, b"Event received"
+
+        long = EVENT + b" " * 600_000  # JSON, if it were sent whole or cut among the blanks
+        self.path("events.jsonl", long + b"\n" + EVENT)
+        with Recorder(options=[(404, {}, b"")], post=answer) as server:
+            output, errors = self.client("--url", server.url, status=1)
+        self.assertIn("1 events accepted, 1 rejected", output)
+        self.assertIn("events.jsonl:1: too long\n", errors)
+        self.assertEqual(self.rejected_files(), [long + b"\n"])
+        self.assertLessEqual(max(len(body) for _, body in server.posts), 512 * 1024)
+
+    FULL = b'{"accepted": 2, "rejected": [{"line": 2, "error": "e"}]}'
+
+    def assertTriedAgain(self, answers):
+        """Check that a batch with each of {case: answer} is sent again under the same id, four of
+        them in a run."""
+        cases = list(answers)
+        for group in [cases[first : first + 4] for first in range(0, len(cases), 4)]:
+            now = [answers[case] for case in group] + [(200, {}, self.FULL)]
+            with self.subTest(", ".join(group)), Recorder(
+                options=[(503, {}, b""), None, BATCHES], post=lambda count, body: now[count]
+            ) as server:
+                self.path("events.jsonl", (EVENT + b"\n") * 3 + b"\n")
+                output, errors = self.client("--url", server.url, status=1)
+                self.assertIn("2 events accepted, 1 rejected", output)
+                self.assertIn("events.jsonl:2: e\n", errors)
+                self.assertEqual(len(server.posts), len(now))
+                self.assertEqual(
+                    len(
+                        {
+                            (headers["Producer-Id"], headers["Sequence"], body)
+                            for headers, body in server.posts
+                        }
+                    ),
+                    1,
+                )
+
+    def test_a_batch_without_a_final_status_is_tried_again_under_the_same_id(self):
+        self.assertTriedAgain(
+            {
+                "500": (500, {}, b"oops"),
+                "503 with Retry-After": (503, {"Retry-After": "1"}, b""),
+                "507": (507, {}, b"{}"),
+                "429": (429, {}, b""),
+                "201": (201, {}, self.FULL),
+                "a cut connection": None,
+                "408": (408, {}, b""),
+                "502": (502, {}, b""),
+                "malformed chunks": (200, {"Transfer-Encoding": "chunked"}, self.FULL),
+            }
+        )
+
+    def test_a_batch_without_a_complete_answer_is_tried_again_under_the_same_id(self):
+        def rejected(accepted, *lines):
+            entries = ", ".join(f'{{"line": {line}, "error": "e"}}' for line in lines)
+            return f'{{"accepted": {accepted}, "rejected": [{entries}]}}'.encode()
+
+        self.assertTriedAgain(
+            {
+                case: (200, {}, body)
+                for case, body in {
+                    "nothing": b"",
+                    "HTML": b"<html>",
+                    "an array": b"[]",
+                    "nested too deep": b"[" * 100_000,
+                    "no rejected": b'{"accepted": 3}',
+                    "too few accepted": rejected(1),
+                    "an endless line number": rejected(2, "1e999"),
+                    "a fraction for a line number": rejected(2, "2.0"),
+                    "an empty line rejected": rejected(2, 4),
+                    "a line behind the batch": rejected(2, 9),
+                    "a line twice": rejected(1, 2, 2),
+                    "no accepted": b'{"rejected": []}',
+                    "a line twice, one too many": rejected(2, 2, 2),
+                    "a negative number accepted": rejected(-1, 1, 2, 3, 4),
+                }.items()
+            }
+        )
+
+    def test_a_redirect_or_a_refused_batch_is_no_delivery(self):
+        elsewhere = {"Location": "/elsewhere"}
+        for status, headers, advice in (
+            (301, elsewhere, ""),
+            (302, elsewhere, ""),
+            (303, {}, ""),
+            (403, {}, ""),
+            (413, {}, " Lower --batch-size."),
+        ):
+            with self.subTest(status=status), Recorder(
+                options=[BATCHES], post=lambda count, body: (status, headers, b'{"error": "words"}')
+            ) as server:
+                self.path("events.jsonl", EVENT)
+                _, errors = self.client("--url", server.url, "--restart", status=1)
+                self.assertIn(
+                    f"answered with status {status}: words.{advice}\n"
+                    "Delivery is unknown from line 1 on.\n",
+                    errors,
+                )
+                self.assertEqual(len(server.posts), 1)
+
+    ANSWERS = {
+        "1": (200, {}, b'{"accepted": 1, "rejected": []}'),
+        "2": (401, {}, b""),
+        "3": (503, {}, b""),
+        "4": (200, {}, b'{"accepted": 1, "rejected": []}'),
+    }  # to the user of each line
+
+    def test_a_refusal_ends_the_run_with_the_first_line_that_is_unknown(self):
+        self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in self.ANSWERS))
+        for case, options in (("batches", BATCHES), ("single events", (404, {}, b""))):
+            with self.subTest(case), Recorder(
+                options=[options],
+                post=lambda count, body: (
+                    self.ANSWERS[json.loads(body)["userId"]] if body else None
+                ),
+            ) as server:  # it ended in the midst
+                _, errors = self.client(
+                    "--url", server.url, "--batch-size", 1, "--give-up-after", 1000, status=1
+                )
+                self.assertTrue(errors.endswith("\nDelivery is unknown from line 2 on.\n"), errors)

@@ -1,0 +1,241 @@
+"""The scripts as processes."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+from tests.tools_database import HERE, drop_tables, query
+from tests.tools_http import read_answer
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def wait_until(condition, what, seconds=20):
+    """Return condition's first true result, or fail."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {seconds} s in vain until {what}")
+        time.sleep(0.01)
+    return result
+
+
+def alive(pid):
+    """Tell whether a process runs (a zombie does not)."""
+    if Path("/proc/self/stat").exists():
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+        return False
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    ).stdout
+    return state.strip()[:1] not in ("", "Z")
+
+
+def children_of(pid):
+    """Return the ids of a process's children, the oldest first, with those that ended and are not
+    reaped."""
+    with contextlib.suppress(OSError):
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)  # macOS
+    return [int(child) for child in listing.stdout.split()]
+
+
+def can_bind(port):
+    """Tell whether a port is free."""
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+
+
+def free_port():
+    """Return a port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def run_in_child(action):
+    """Run action in a forked process and return its wait status: a kill there is a kill."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            action()
+            status = 0
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def patched(module, patch):
+    """Return (interpreter's arguments, environment) that run a script after some lines of Python
+    have changed it."""
+    return (
+        ["-c", f"import sys, {module}\n{patch}\nsys.exit({module}.main())"],
+        {"PYTHONPATH": str(HERE)},
+    )
+
+
+class Server:
+    """A running server.py with a log of its own; patch is Python that runs before main()."""
+
+    def __init__(
+        self, test, *arguments, log="server-events.jsonl", port=0, patch=None, **environment
+    ):
+        """Start server.py and return when it listens, or fail."""
+        self.log = test.directory / log
+        self.errors = test.directory / f"stderr-{secrets.token_hex(4)}"
+        if port:
+            wait_until(lambda: can_bind(port), "the port is free")
+        script, path = patched("server", patch) if patch else ([HERE / "server.py"], {})
+        command = [sys.executable, *script, "--port", str(port), "--log", self.log, *arguments]
+        with open(self.errors, "w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                cwd=test.directory,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | path | environment,
+            )
+        test.addCleanup(self.check_and_end, test)
+        self.announcement = self.process.stdout.readline()
+        if not self.announcement:
+            raise AssertionError(f"the server did not start: {self.errors.read_text()}")
+        self.port = int(re.search(r":(\d+),", self.announcement)[1])
+        self.url = f"http://127.0.0.1:{self.port}/liveEvent"
+
+    def check_and_end(self, test):
+        """End the server; whatever was done to it, it must not have printed a traceback."""
+        self.kill()
+        test.assertNotIn("Traceback", self.errors.read_text())
+
+    def workers(self):
+        """Return the workers' process ids."""
+        return children_of(self.process.pid)
+
+    def stop(self, number=signal.SIGTERM):
+        """Ask the server to stop and return its exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(20)
+        self.process.stdout.close()
+        return status
+
+    def kill(self):
+        """SIGKILL the parent, if it lives."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def connect(self):
+        """Return a socket to the server."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def ask(self, method, path, body=None, headers=None):
+        """Return (status, headers, body) of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+    def post(self, body, media="application/json", **headers):
+        """POST a body of events and return (status, decoded answer)."""
+        headers = {"Content-Type": media} | {
+            name.replace("_", "-"): str(value) for name, value in headers.items()
+        }
+        status, _, answer = self.ask("POST", "/liveEvent", body, headers)
+        return status, json.loads(answer)
+
+    def said(self):
+        """Return the lines on stderr."""
+        return self.errors.read_text().splitlines()
+
+    def raw(self, *pieces):
+        """Send bytes as they are and return (status, headers, body) of the answer."""
+        with self.connect() as wire:
+            for piece in pieces:
+                wire.sendall(piece)
+            return read_answer(wire)
+
+
+class SystemTest(unittest.TestCase):
+    """A test with an empty directory and empty tables."""
+
+    def setUp(self):
+        """Make the directory and the tables."""
+        self.directory = Path(tempfile.mkdtemp(prefix="events-test-"))
+        self.addCleanup(shutil.rmtree, self.directory)
+        drop_tables()
+        query((HERE / "create_table.sql").read_text())
+
+    def path(self, name, content=None):
+        """Return a path in the test's directory, written if there is content."""
+        path = self.directory / name
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def start(self, script, *arguments, **environment):
+        """Start a script in the test's directory."""
+        process = subprocess.Popen(
+            [sys.executable, HERE / script, *map(str, arguments)],
+            cwd=self.directory,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | environment,
+        )
+
+        def end():
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+        self.addCleanup(end)
+        return process
+
+    def run_script(self, script, *arguments, status=0, **environment):
+        """Run a script to its end, check its exit status, and return (stdout, stderr)."""
+        process = self.start(script, *arguments, **environment)
+        output, errors = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, status, output + errors)
+        self.assertNotIn("Traceback", errors)
+        return output, errors
+
+    def client(self, *arguments, **options):
+        """Run client.py."""
+        return self.run_script("client.py", *arguments, **options)
+
+    def processor(self, *logs, **options):
+        """Run data_processor.py."""
+        return self.run_script("data_processor.py", *logs, **options)
+
+    def assertRevenue(self, expected):
+        """Check the whole table."""
+        self.assertEqual(dict(query("SELECT user_id, revenue FROM users_revenue")), expected)
+
+
+def blocks(language):
+    """Return the README's code blocks of a language."""
+    return [
+        text
+        for name, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+        if name == language
+    ]

@@ -1,0 +1,52 @@
+"""What tests of the client share."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.tools import SystemTest, free_port, patched
+
+
+class ClientTest(SystemTest):
+    """A test that delivers the file events.jsonl."""
+
+    def setUp(self):
+        """Name the file that keeps a delivery."""
+        super().setUp()
+        self.state = self.path("events.jsonl.delivery")
+
+    def run_client(self, *arguments, patch="", **options):
+        """Run client.py, after some lines of Python have changed it, and return its status, stdout
+        and stderr."""
+        code, environment = patched("client", patch)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        run = subprocess.run(
+            [sys.executable, *code, *map(str, arguments)],
+            cwd=self.directory,
+            timeout=60,
+            text=True,
+            env=os.environ | environment | options.pop("environment", {}),
+            **options,
+        )
+        self.assertNotIn("Traceback", run.stderr or "")
+        return run.returncode, run.stdout, run.stderr
+
+    def interrupted(self, *arguments):
+        """Begin a delivery that finds no server, and return the producer id that it keeps."""
+        self.client(
+            *arguments,
+            "--url",
+            f"http://localhost:{free_port()}/liveEvent",
+            "--give-up-after",
+            0,
+            status=1,
+        )
+        return json.loads(self.state.read_text())["producerId"]
+
+    def rejected_files(self):
+        """Return the contents of the files of rejected lines, the oldest first."""
+        files = sorted(
+            self.directory.glob("events.jsonl.rejected-*"), key=lambda path: path.stat().st_mtime_ns
+        )
+        return [path.read_bytes() for path in files]

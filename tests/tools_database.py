@@ -1,0 +1,169 @@
+"""One scratch database for all tests of a run."""
+
+import atexit
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+import psycopg2
+import psycopg2.extensions
+
+import data_processor
+
+HERE = Path(__file__).resolve().parent.parent  # where the scripts are
+
+
+SCRATCH = f"events_test_{os.getpid()}_{secrets.token_hex(4)}"
+
+
+# PGPORT and PGPASSWORD are missing here: alone they name no database, they change the default
+# one's port or password.
+NAME_A_DATABASE = ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE")
+
+
+# Set in the environment of the tests that run inside a throwaway PostgreSQL.
+THROWAWAY = "EVENTS_TEST_THROWAWAY"
+
+
+administration = None  # a connection to the database that the environment names
+no_database = None  # the sentence with which setUpModule() failed
+
+
+def setUpModule():
+    """Create the scratch database and point the environment at it, so that every child finds it.
+
+    Each file of tests has this function; the first one that runs creates the database for all of
+    them. Without a usable database, run the tests again inside a throwaway PostgreSQL, or fail: a
+    skipped test proves nothing.
+    """
+    global no_database
+    if administration:
+        return
+    if no_database:
+        raise RuntimeError(no_database)
+    try:
+        create_scratch_database()
+    except (psycopg2.Error, data_processor.Failure) as error:
+        if command := throwaway_command(os.environ):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.execvpe(command[0], command, throwaway_environment(os.environ))
+        no_database = (
+            f"No PostgreSQL to test with ({str(error).strip()}). Start one, or name another with "
+            "PGHOST, PGPORT, PGUSER and PGPASSWORD, or install Debian's postgresql-common: without "
+            "those variables the tests then start a throwaway one with pg_virtualenv."
+        )
+        raise RuntimeError(no_database) from None
+    atexit.register(drop_scratch_database, os.getpid())
+
+
+def create_scratch_database():
+    """Create the scratch database in the database that the environment names, or raise
+    psycopg2.Error."""
+    global administration
+    administration = data_processor.connect(connect_timeout=10)
+    administration.autocommit = True
+    administer(f"CREATE DATABASE {SCRATCH} ENCODING 'UTF8' TEMPLATE template0")
+    info = administration.info
+    settings = {
+        key: info.dsn_parameters.get(key) for key in ("host", "hostaddr", "port", "user", "sslmode")
+    }
+    settings |= {"password": info.password, "dbname": SCRATCH}
+    os.environ["DATABASE_URL"] = psycopg2.extensions.make_dsn(
+        **{k: v for k, v in settings.items() if v}
+    )
+    os.environ.pop("EVENTS_AUTHORIZATION", None)
+
+
+def throwaway_command(environment):
+    """Return the command that runs these tests again inside a throwaway PostgreSQL.
+
+    Return None when the environment names a database, when this is the second run already, or when
+    Debian's pg_virtualenv is missing.
+    """
+    if THROWAWAY in environment or any(environment.get(variable) for variable in NAME_A_DATABASE):
+        return None
+    if not shutil.which("pg_virtualenv", path=environment.get("PATH")):
+        return None
+    return [
+        "pg_virtualenv",
+        "-t",
+        sys.executable,
+        *sys.orig_argv[1:],
+    ]  # sys.executable: stay in a virtual environment
+
+
+def throwaway_environment(environment):
+    """Return the environment for throwaway_command()."""
+    # pg_virtualenv would give PGPORT to its cluster, and that port may be taken. LC_ALL makes the
+    # encoding UTF8.
+    rest = {
+        name: value for name, value in environment.items() if name not in ("PGPORT", "PGPASSWORD")
+    }
+    return rest | {THROWAWAY: "1", "LC_ALL": "C.UTF-8"}
+
+
+def drop_scratch_database(owner):
+    """Drop the scratch database at the end of the process that created it, and not at that of a
+    forked one."""
+    if os.getpid() != owner:
+        return
+    administer(f"DROP DATABASE {SCRATCH} WITH (FORCE)")
+    administration.close()
+
+
+def administer(statement):
+    """Run a statement in the database that the environment names."""
+    with administration.cursor() as sql:
+        sql.execute(statement)
+
+
+def query(statement, parameters=None):
+    """Run a statement in the scratch database and return its rows."""
+    connection = psycopg2.connect(os.environ["DATABASE_URL"])
+    try:
+        with connection, connection.cursor() as sql:
+            sql.execute(statement, parameters)
+            return sql.fetchall() if sql.description else []
+    finally:
+        connection.close()
+
+
+def empty_tables():
+    """Remove every row, as an older dump that is restored does."""
+    query("TRUNCATE users_revenue, event_producers, event_logs")
+
+
+def drop_tables():
+    """Drop the tables that are there."""
+    query("DROP TABLE IF EXISTS users_revenue, event_producers, event_logs")
+
+
+def waiting():
+    """Return the process ids of the database's sessions that wait for a lock, those that want
+    users_revenue last."""
+    return [pid for pid, in query("""
+        SELECT pid FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock'
+        ORDER BY query ~ 'users_revenue'""")]
+
+
+@contextlib.contextmanager
+def locked_users():
+    """Return a context in which everyone else waits for users_revenue."""
+    with contextlib.closing(
+        psycopg2.connect(os.environ["DATABASE_URL"])
+    ) as connection, connection.cursor() as sql:
+        sql.execute("LOCK TABLE users_revenue")
+        yield
+
+
+def terminate_backends():
+    """End the server side of every connection to the scratch database."""
+    return query(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
