@@ -1,6 +1,5 @@
 """A file is delivered whole, or the client says which lines are not delivered."""
 
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -10,7 +9,6 @@ import re
 import signal
 import sys
 import time
-import types
 import unittest
 import unittest.mock
 
@@ -248,6 +246,21 @@ class Delivery(ClientTest):
             self.assertEqual((client.wait(2), self.state.exists()), (143, True))
 
 
+class DeliveryCalls(FaultyCalls):
+    """The system calls of a client, with (device, inode) of the files that it synced."""
+
+    def __init__(self, fault, at):
+        """Look at the calls of a client, one of which goes wrong."""
+        super().__init__(fault, at)
+        self.synced = set()
+
+    def after(self, name, arguments):
+        """Keep what is synced."""
+        if name == "fsync":
+            status = os.fstat(arguments[0])
+            self.synced.add((status.st_dev, status.st_ino))
+
+
 class KilledAnywhere(ClientTest):
     """No call that fails, or is the last one, loses or doubles a line."""
 
@@ -258,10 +271,7 @@ class KilledAnywhere(ClientTest):
         The server is a stand-in that adds (producer id, sequence, line) to the file sent, and
         rejects lines without a brace.
         """
-        calls = types.SimpleNamespace(count=0, fault=fault, at=at, synced=set())
-        systems = {
-            name: FaultyCalls(getattr(client_module, name), calls) for name in ("os", "fcntl")
-        }
+        calls = DeliveryCalls(fault, at)
 
         def exchange(_sender, method, body, headers):
             if method == "OPTIONS":
@@ -295,13 +305,15 @@ class KilledAnywhere(ClientTest):
 
         def run():
             sys.stdout = sys.stderr = None
-            with unittest.mock.patch.multiple(client_module, **systems), unittest.mock.patch.object(
-                client_module.Sender, "_exchange", exchange
-            ):
-                status = client_module.main(
-                    [str(self.path("events.jsonl")), "--batch-size", "2"] + ["--restart"] * restart
-                )
-            os._exit(97 if fault and calls.count < at else status)
+            arguments = [str(self.path("events.jsonl")), "--batch-size", "2"]
+            if restart:
+                arguments.append("--restart")
+            server = unittest.mock.patch.object(client_module.Sender, "_exchange", exchange)
+            with server, calls.made_by(client_module):
+                status = client_module.main(arguments)
+            if fault and not calls.fired:
+                status = 97
+            os._exit(status)
 
         status = run_in_child(run)
         self.assertNotIn(
@@ -328,7 +340,7 @@ class KilledAnywhere(ClientTest):
         self.assertEqual(self.rejected_files(), [b"bad\n"])
 
     def test_no_call_that_fails_or_is_the_last_one_loses_or_doubles_a_line(self):
-        for fault in (errno.EIO, errno.ENOSPC, "short", "killed before", "killed after"):
+        for fault in FaultyCalls.FAULTS:
             for at in itertools.count(1):
                 status, sent = self.begin_with(fault, at)
                 if status is None:
@@ -339,7 +351,8 @@ class KilledAnywhere(ClientTest):
                     elif not sent.read_bytes():
                         self.assertEqual(self.deliver_with(sent), 1)
                     self.assertSentOnce(sent)
-            self.assertGreater(at, 20, "the faults were not injected")
+            least = 2 if fault in FaultyCalls.WRITE_FAULTS else 20
+            self.assertGreater(at, least, f"{fault} was not injected")
 
     def test_a_file_that_changed_after_a_kill_is_sent_once_or_refused(self):
         other = b'{"line": 9}\nbad\n'

@@ -1,10 +1,10 @@
 """An acknowledged event survives a fault at any step."""
 
-import collections
 import contextlib
 import errno
 import fcntl
 import itertools
+import os
 import re
 import socket
 import sys
@@ -13,120 +13,144 @@ import time
 import unittest
 import unittest.mock
 
+import data_processor
 import server as server_module
 from tests.tools import Server, SystemTest, run_in_child, wait_until
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in, with_id
-from tests.tools_faults import FaultySystem, faulty
+from tests.tools_faults import FaultyCalls
 from tests.tools_http import post, read_answer, serving
 from tests.tools_parts import append, captured, opened_log, warnings_of
+
+
+class LogCalls(FaultyCalls):
+    """The system calls of a server for its log.
+
+    locked   whether the log is locked
+    synced   what was in the log when it was synced last
+    named    whether the directory was synced after the log was opened last
+    """
+
+    def __init__(self, log, fault=None, at=0):
+        """Look at the calls for a log, one of which goes wrong."""
+        super().__init__(fault, at)
+        self.log = log
+        self.locked = False
+        self.synced = b""
+        self.named = False
+
+    def before(self, name, arguments):
+        """Check that nothing is written without the lock."""
+        if name == "flock":
+            self.locked = arguments[1] != fcntl.LOCK_UN
+        elif name in ("write", "ftruncate") and not self.locked:
+            raise AssertionError(f"{name} without the lock")
+
+    def after(self, name, arguments):
+        """Keep what is synced."""
+        if name == "fdatasync":
+            self.synced = self.log.read_bytes()
+        if name == "open" and arguments[1:] != (os.O_RDONLY,):  # the log, and not its directory
+            self.named = False
+        if name == "fsync":
+            self.named = True
 
 
 class Durability(SystemTest):
     """An acknowledged event survives, although every step fails once."""
 
     def append_with_fault(self, log_path, fault, at):
-        """Append three events in a child, one system call of which goes wrong; return (exit status,
-        what happened)."""
+        """Append three events in a child, one system call of which goes wrong.
+
+        Return (exit status, what happened).
+        """
         report = self.path("report", b"")
+        calls = LogCalls(log_path, fault, at)
+
+        def append_three(out):
+            log = server_module.LogWriter(str(log_path))
+            for sequence in range(1, 4):
+                if sequence == 3 and log_path.exists():  # a rotation in between
+                    log_path.rename(self.path("rotated"))
+                line = with_id("p", sequence).encode()
+                try:
+                    append(log, line)
+                except OSError:
+                    continue
+                end = line[-20:]  # "log" may have been put into the line
+                if end not in calls.synced or not calls.named:
+                    out.write(b"acknowledged before the sync\n")
+                out.write(b"acknowledged %d\n" % sequence)
 
         def child():
-            state = {
-                "count": 0,
-                "at": at,
-                "fault": fault,
-                "fired": None,
-                "short": False,
-                "synced": b"",
-                "named": False,
-            }
             sys.stdout = sys.stderr = None  # what is printed is no system call of the log
-            with faulty(FaultySystem, state, log_path), open(report, "ab", buffering=0) as out:
-                log = server_module.LogWriter(str(log_path))
-                for sequence in range(1, 4):
-                    if sequence == 3 and log_path.exists():  # a rotation in between
-                        log_path.rename(self.path("rotated"))
-                    line = with_id("p", sequence).encode()
-                    try:
-                        append(log, line)
-                    except OSError:
-                        continue
-                    # "log" may have been put into the line
-                    if line[-20:] not in state["synced"] or not state["named"]:
-                        out.write(b"acknowledged before the sync\n")
-                    out.write(b"acknowledged %d\n" % sequence)
-                out.write(b"fired %s\n" % str(state["fired"]).encode())
+            with open(report, "ab", buffering=0) as out:
+                with calls.made_by(server_module, data_processor):
+                    append_three(out)
+                if calls.fired:
+                    out.write(b"injected\n")
 
         status = run_in_child(child)
         return status, report.read_text()
 
     def assertAppendSurvives(self, fault, at):
-        """Append with a fault at a call, restart, check the logs; return (exit status, report,
-        acknowledged ids)."""
+        """Append with a fault at a call, restart, and check the logs.
+
+        Return whether there was such a call, and the acknowledged ids.
+        """
         for name in ("log", "rotated"):
             self.path(name).unlink(missing_ok=True)
         path = self.path("log", with_id("earlier", 1) + '{"torn')
         status, report = self.append_with_fault(path, fault, at)
-        self.assertIn(status, (0, 9))
+        self.assertIn(status, (0, FaultyCalls.KILLED))
         self.assertNotIn("before the sync", report)
         with opened_log(path) as log, captured():  # the restart
             append(log, with_id("later", 1).encode())
-        ids = ids_in(
-            *[path for path in (self.path("rotated"), path) if path.exists()]
-        )  # fails on a glued line
+        logs = [path for path in (self.path("rotated"), path) if path.exists()]
+        ids = ids_in(*logs)  # fails on a glued line
         self.assertEqual(len(ids), len(set(ids)))
         acknowledged = {("p", int(n)) for n in re.findall(r"acknowledged (\d)", report)}
-        self.assertLessEqual(
-            acknowledged | {("earlier", 1), ("later", 1)}, set(ids), (fault, at, report)
-        )
-        self.assertLessEqual(set(ids), {("earlier", 1), ("later", 1), ("p", 1), ("p", 2), ("p", 3)})
-        return status, report, acknowledged
+        always = {("earlier", 1), ("later", 1)}
+        self.assertLessEqual(acknowledged | always, set(ids), report)
+        self.assertLessEqual(set(ids), always | {("p", 1), ("p", 2), ("p", 3)})
+        return status == FaultyCalls.KILLED or "injected" in report, acknowledged
 
     def test_an_append_survives_a_fault_at_any_step(self):
-        fired = collections.Counter()
-        for fault in FaultySystem.FAULTS:
-            for at in range(1, 200):
-                status, report, acknowledged = self.assertAppendSurvives(fault, at)
-                if status == 0 and "fired None" in report:
-                    if fault.startswith("short"):
-                        if at < 60:
-                            continue
-                    self.assertEqual(len(acknowledged), 3)
+        for fault in FaultyCalls.FAULTS:
+            for at in itertools.count(1):
+                with self.subTest(fault=fault, call=at):
+                    injected, acknowledged = self.assertAppendSurvives(fault, at)
+                if not injected:
                     break
-                fired[fault] += 1
-            else:
-                self.fail("no append was completed without the fault")
-        self.assertGreater(
-            min(fired[fault] for fault in FaultySystem.FAULTS if not fault.startswith("short")), 20
-        )
-        self.assertGreaterEqual(min(fired.values()), 3)
+            self.assertEqual(len(acknowledged), 3, fault)
+            least = 3 if fault in FaultyCalls.WRITE_FAULTS else 20
+            self.assertGreater(at, least, f"{fault} was not injected")
 
     def test_an_event_that_comes_at_any_step_of_another_is_answered(self):
-        first, second = with_id("p", 1).encode(), with_id("p", 2).encode()
+        first = with_id("p", 1).encode()
+        second = with_id("p", 2).encode()
 
-        class Interrupted(FaultySystem):
-            def _call(self, name, real, *arguments, **options):
-                self._state["count"] += 1
-                if self._state["count"] == at:
-                    others.append(
-                        threading.Thread(target=log.append, args=[second, outcomes.append])
-                    )
-                    others[0].start()
+        class Interrupted(FaultyCalls):
+            def before(self, name, arguments):
+                if self.count == at and not other.ident:
+                    other.start()
                     wait_until(
                         lambda: second in [lines for lines, _ in log._group],
                         "the other has joined a group",
                     )
-                return real(*arguments, **options)
 
-        for at in itertools.count(1):
-            path, state, outcomes, others = self.path(f"log{at}"), {"count": 0}, [], []
-            with opened_log(path) as log, faulty(Interrupted, state, path):
-                log.append(first, outcomes.append)
-                for other in others:
+        for at in itertools.count():
+            path = self.path(f"log{at}")
+            outcomes = []
+            with opened_log(path) as log:
+                other = threading.Thread(target=log.append, args=[second, outcomes.append])
+                with Interrupted().made_by(server_module, data_processor):
+                    log.append(first, outcomes.append)
+                    if not other.ident:  # it was not started: there was no such call
+                        break
                     other.join(20)
-            if not others:
-                break
-            self.assertEqual((outcomes, ids_in(path)), ([None, None], [("p", 1), ("p", 2)]), at)
+            self.assertEqual(outcomes, [None, None], at)
+            self.assertEqual(ids_in(path), [("p", 1), ("p", 2)], at)
         self.assertGreater(at, 5)
 
     def test_whoever_comes_during_a_sync_shares_the_next_one(self):

@@ -3,124 +3,151 @@
 import contextlib
 import errno
 import fcntl
+import functools
+import itertools
 import os
 import random
 import select
 import socket
 import stat
 import threading
-import unittest
-import unittest.mock
+from unittest import mock
 
 import psycopg2
 import psycopg2.extensions
 
-import data_processor
-import server as server_module
+
+class FaultyCalls:
+    """The system calls of a script, one of which goes wrong.
+
+    The scripts make them through stand-ins for the modules os and fcntl, see made_by(). A subclass
+    looks at each call in before() and after().
+
+    fault   what goes wrong, one of FAULTS, or None
+    at      at which call; only writes are counted for the faults of a write
+    count   how many calls were made
+    fired   the call that went wrong, or None as long as none did
+    """
+
+    CALLS = "open fstat stat pread write ftruncate fdatasync fsync unlink flock close".split()
+    WRITE_FAULTS = ("short write", "short write, then ENOSPC", "killed within a write")
+    FAULTS = ("EIO", "ENOSPC", "EIO for good", "killed before", "killed after", *WRITE_FAULTS)
+    KILLED = 9  # the exit status of a process that was killed here
+
+    def __init__(self, fault=None, at=0):
+        """Let nothing go wrong, or one thing at one call."""
+        self.fault = fault
+        self.at = at
+        self.count = 0
+        self.fired = None
+
+    @contextlib.contextmanager
+    def made_by(self, *scripts):
+        """Return a context in which scripts make their system calls through this object."""
+        with contextlib.ExitStack() as stack:
+            for script, module in itertools.product(scripts, (os, fcntl)):
+                stand_in = StandIn(module, self)
+                stack.enter_context(mock.patch.object(script, module.__name__, stand_in))
+            yield
+
+    def before(self, name, arguments):
+        """Look at a call that is about to be made."""
+
+    def after(self, name, arguments):
+        """Look at a call that was made."""
+
+    def make(self, name, real, *arguments, **options):
+        """Make a call, or let it go wrong."""
+        self.before(name, arguments)
+        if self.is_due(name):
+            result = self.go_wrong(name, real, arguments, options)
+        else:
+            result = real(*arguments, **options)
+        self.after(name, arguments)
+        return result
+
+    def is_due(self, name):
+        """Count a call, and tell whether it goes wrong."""
+        if self.fault in self.WRITE_FAULTS and name != "write":
+            return False
+        self.count += 1
+        if self.fault == "EIO for good":
+            return self.count >= self.at
+        if self.fault == "short write, then ENOSPC":
+            return self.count in (self.at, self.at + 1)
+        return self.count == self.at
+
+    def go_wrong(self, name, real, arguments, options):
+        """Raise an error, end the process, or write half; return what the call returns."""
+        again = self.fired is not None
+        self.fired = name
+        if self.fault == "ENOSPC" or self.fault == "short write, then ENOSPC" and again:
+            raise OSError(errno.ENOSPC, "no space (injected)")
+        if self.fault in ("EIO", "EIO for good"):
+            raise OSError(errno.EIO, "input/output error (injected)")
+        if self.fault == "killed before":
+            os._exit(self.KILLED)
+        if self.fault == "killed after":
+            real(*arguments, **options)
+            os._exit(self.KILLED)
+        file, data = arguments
+        half = bytes(data)[: len(data) // 2]
+        written = real(file, half)
+        if self.fault == "killed within a write":
+            os._exit(self.KILLED)
+        return written
 
 
-class FaultySystem:
-    """The os or fcntl module with one call, counted over all of them, that goes wrong in a chosen
-    way."""
+class StandIn:
+    """The module os or fcntl whose calls are counted."""
 
-    CALLS = (
-        "open",
-        "fstat",
-        "stat",
-        "pread",
-        "write",
-        "ftruncate",
-        "fdatasync",
-        "fsync",
-        "flock",
-        "close",
-    )
-    FAULTS = (
-        "EIO",
-        "ENOSPC",
-        "EIO for good",
-        "short",
-        "short, then ENOSPC",
-        "killed before",
-        "killed after",
-    )
-
-    def __init__(self, module, state, log):
-        """Stand in for module; state says what goes wrong at which call, and holds what
-        happened."""
-        self._module, self._state, self._log = module, state, log
+    def __init__(self, module, calls):
+        """Stand in for module; calls are the FaultyCalls that make its calls."""
+        self._module = module
+        self._calls = calls
 
     def __getattr__(self, name):
         """Return what the module has under that name, but counted if it is one of CALLS."""
         real = getattr(self._module, name)
-        if name not in self.CALLS:
+        if name not in self._calls.CALLS:
             return real
-        return lambda *arguments, **options: self._call(name, real, *arguments, **options)
-
-    def _call(self, name, real, *arguments, **options):
-        """Make a call that may go wrong, and keep in the state what is locked and synced by it."""
-        state = self._state
-        state["count"] += 1
-        if name == "flock":
-            state["locked"] = arguments[1] != fcntl.LOCK_UN
-        elif name in ("write", "ftruncate") and not state.get("locked"):
-            raise AssertionError(f"{name} without the lock")
-        fault = state["fault"]
-        due = (
-            state["count"] == state["at"]
-            or state["count"] > state["at"]
-            and fault == "EIO for good"
-        )
-        if state["short"] and name == "write":
-            state["short"] = False
-            raise OSError(errno.ENOSPC, "no space")
-        if due:
-            state["fired"] = name
-            if fault == "killed before":
-                os._exit(9)
-            if fault.startswith("short") and name == "write":
-                state["short"] = fault != "short"
-                return real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-            if fault.startswith("short"):
-                state["fired"] = None  # nothing here that could be short
-            elif fault != "killed after":
-                raise OSError(errno.ENOSPC if fault == "ENOSPC" else errno.EIO, fault)
-        result = real(*arguments, **options)
-        if name == "fdatasync":
-            state["synced"] = self._log.read_bytes()
-        if name in ("open", "fsync") and arguments[1:] != (os.O_RDONLY,):
-            state["named"] = name == "fsync"  # the directory is synced after the log was opened
-        if due and fault == "killed after":
-            os._exit(9)
-        return result
+        return functools.partial(self._calls.make, name, real)
 
 
-def faulty(system, state, log):
-    """Return a context in which the server makes its system calls for the log through a
-    FaultySystem."""
-    stack = contextlib.ExitStack()
-    for user in (server_module, data_processor):
-        for module in (os, fcntl):
-            stack.enter_context(
-                unittest.mock.patch.object(user, module.__name__, system(module, state, log))
-            )
-    return stack
+def traced_fsync(test, steps):
+    """Return a stand-in for os.fsync that adds what it would sync to steps.
+
+    A directory must be the one of the test.
+    """
+
+    def fsync(fd):
+        status = os.fstat(fd)
+        if not stat.S_ISDIR(status.st_mode):
+            steps.append("sync file")
+            return
+        test.assertTrue(os.path.samestat(status, os.stat(test.directory)))
+        steps.append("sync directory")
+
+    return fsync
 
 
 class FaultyConnection(psycopg2.extensions.connection):
-    """A connection that raises an error at one step: before or after a statement, at COMMIT, or
-    just after it.
+    """A connection that raises an error at one step.
 
-    Steps are counted over all connections. OperationalError breaks the connection, too.
+    A step is before a statement, after one, at COMMIT, or just after COMMIT. Steps are counted over
+    all connections. OperationalError breaks the connection, too.
     """
 
-    steps = fail_at = 0
+    steps = 0
+    fail_at = 0
     error = None
 
     @classmethod
     def fail(cls, error, at):
         """Count from 0 again, and raise error at that step; there is no step 0."""
-        cls.error, cls.fail_at, cls.steps = error, at, 0
+        cls.error = error
+        cls.fail_at = at
+        cls.steps = 0
 
     def step(self):
         """Count a step, or fail."""
@@ -158,68 +185,31 @@ class FaultyCursor(psycopg2.extensions.cursor):
         self.connection.step()
 
 
-class FaultyCalls:
-    """The os or fcntl module of a client with one call, counted over both, that fails, is short, or
-    is the last one."""
-
-    CALLS = (
-        "open",
-        "fstat",
-        "stat",
-        "pread",
-        "write",
-        "ftruncate",
-        "fsync",
-        "unlink",
-        "flock",
-        "close",
-    )
-
-    def __init__(self, module, calls):
-        """Stand in for module; calls says what goes wrong at which call, and holds what
-        happened."""
-        self._module, self._calls = module, calls
-
-    def __getattr__(self, name):
-        """Return what the module has under that name, but counted if it is one of CALLS."""
-        real = getattr(self._module, name)
-        if name not in self.CALLS:
-            return real
-        return lambda *arguments, **options: self._call(name, real, *arguments, **options)
-
-    def _call(self, name, real, *arguments, **options):
-        """Make a call that may go wrong, and keep which files it synced."""
-        calls = self._calls
-        calls.count += 1
-        due = calls.count == calls.at
-        if due and calls.fault == "killed before":
-            os._exit(9)
-        if due and isinstance(calls.fault, int):
-            raise OSError(calls.fault, "fault")
-        if due and calls.fault == "short" and name == "write":
-            real(arguments[0], arguments[1][: len(arguments[1]) // 2])
-            os._exit(9)
-        result = real(*arguments, **options)
-        if due and calls.fault == "killed after":
-            os._exit(9)
-        if name == "fsync":
-            status = os.fstat(arguments[0])
-            calls.synced.add((status.st_dev, status.st_ino))
-        return result
-
-
 class FaultyProxy:
-    """A TCP proxy that passes each connection on to one of some ports, and often cuts it: before or
-    within the request, before the answer, or after some bytes of it."""
+    """A TCP proxy that passes each connection on to one of some ports, and cuts half of them.
+
+    ports   where connections are passed on to
+    cuts    how many connections were cut
+    calm    whether it cuts no more; the test may set it
+    """
+
+    CUTS = (None, None, None, "request", "answer", "answer", "answer later")
 
     def __init__(self, ports, seed):
         """Begin to pass connections on."""
-        self.ports, self._chance = ports, random.Random(seed)
+        self.ports = ports
         self.cuts = 0
-        self.calm = False  # cut no more
+        self.calm = False
+        self._chance = random.Random(seed)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        """Take no more connections."""
+        with contextlib.suppress(OSError):  # which wakes accept()
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def _accept(self):
         """Choose for each connection its server and where it is cut."""
@@ -228,46 +218,40 @@ class FaultyProxy:
                 wire, _ = self._listener.accept()
             except OSError:
                 return
-            cut = self._chance.choice(
-                [None, None, None, "request", "answer", "answer", "answer later"]
-            )
-            port, budget = self._chance.choice(self.ports), self._chance.randrange(1, 20_000)
-            arguments = [wire, port, None if self.calm else cut, budget]
+            port = self._chance.choice(self.ports)
+            sent, received = self._limits()
+            arguments = [wire, port, sent, received]
             threading.Thread(target=self._pass, args=arguments, daemon=True).start()
 
-    def _pass(self, wire, port, cut, budget):
+    def _limits(self):
+        """Return after how many bytes of the requests and of the answers a connection is cut."""
+        endless = 10**9
+        cut = self._chance.choice(self.CUTS)
+        some = self._chance.randrange(1, 20_000)
+        if self.calm or cut is None:
+            return endless, endless
+        if cut == "request":
+            return some, endless
+        if cut == "answer":
+            return endless, 0
+        return endless, some % 150
+
+    def _pass(self, wire, port, sent, received):
         """Pass bytes both ways until an end closes the connection or it is cut."""
-        with contextlib.suppress(OSError), wire, socket.create_connection(
-            ("127.0.0.1", port), timeout=20
-        ) as server:
-            limits = {
-                wire: budget if cut == "request" else 10**9,
-                server: {"answer": 0, "answer later": budget % 150}.get(cut, 10**9),
-            }
-            while True:
-                for source in select.select([wire, server], [], [], 20)[0] or [None]:
-                    data = source and source.recv(65536)
-                    if not data:
+        with contextlib.suppress(OSError), wire:
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as server:
+                others = {wire: server, server: wire}
+                limits = {wire: sent, server: received}
+                while True:
+                    readable, _, _ = select.select([wire, server], [], [], 20)
+                    if not readable:
                         return
-                    part = data[: limits[source]]
-                    limits[source] -= len(data)
-                    (server if source is wire else wire).sendall(part)
-                    if limits[source] < 0:
-                        self.cuts += 1
-                        return
-
-    def close(self):
-        """Take no more connections."""
-        self._listener.close()
-
-
-def traced_fsync(test, steps):
-    """Return a stand-in for os.fsync that adds what it would sync to steps; a directory must be the
-    test's own."""
-
-    def fsync(fd):
-        directory = stat.S_ISDIR(os.fstat(fd).st_mode)
-        test.assertTrue(not directory or os.path.samestat(os.fstat(fd), os.stat(test.directory)))
-        steps.append("sync directory" if directory else "sync file")
-
-    return fsync
+                    for source in readable:
+                        data = source.recv(65536)
+                        if not data:
+                            return
+                        others[source].sendall(data[: limits[source]])
+                        limits[source] -= len(data)
+                        if limits[source] < 0:
+                            self.cuts += 1
+                            return
