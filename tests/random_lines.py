@@ -31,7 +31,6 @@ USERS = [
     "\ud800",
 ]
 
-
 VALUES = [
     "0",
     "-0",
@@ -68,7 +67,6 @@ VALUES = [
     "\u0661",
 ]
 
-
 SEQUENCES = [
     "1",
     "999999999999999",
@@ -86,59 +84,66 @@ SEQUENCES = [
     "9" * 20,
 ]
 
+OTHER_FIELDS = [
+    ("log", '"' + "a" * 32 + '"'),
+    ("x", "[{}]"),
+    ("userId", '"z"'),
+    ("value", "3"),
+    ("val\\u0075e", "4"),
+]
 
 PRODUCERS = ["p", "p" * 64, "p" * 65, "", "A-_z9", "p.q", "p\\u0071", "\u00e9"]
 
 
 def random_line(chance):
-    """Return a line: an event as everyone prints it, or one that breaks one or two rules, or one of
-    another kind."""
-
-    def often(usual, others, odds=0.07):
-        return chance.choice(others) if chance.random() < odds else usual
-
-    colon, comma = often(": ", [":", ":  ", " : "]), often(", ", [",", " ,", ",\t"])
-    fields = [
-        ("userId", '"%s"' % often("user1", USERS, 0.2)),
-        (
-            "name",
-            '"%s"'
-            % often(
-                chance.choice(["add_revenue", "subtract_revenue"]),
-                ["add", "Add_revenue", "add_revenue "],
-            ),
-        ),
-        ("value", often("5", VALUES, 0.3)),
-    ]
-    if chance.random() < 0.4:
-        fields += [
-            ("producerId", '"%s"' % often("p", PRODUCERS)),
-            ("sequence", often("1", SEQUENCES, 0.15)),
-        ]
-    if chance.random() < 0.1:
-        fields.insert(
-            chance.randrange(len(fields) + 1),
-            chance.choice(
-                [
-                    ("log", '"' + "a" * 32 + '"'),
-                    ("x", "[{}]"),
-                    ("userId", '"z"'),
-                    ("value", "3"),
-                    ("val\\u0075e", "4"),
-                ]
-            ),
-        )
-    if chance.random() < 0.05:
-        fields.pop(chance.randrange(len(fields)))
-    if chance.random() < 0.05:
-        chance.shuffle(fields)
-    text = "{%s}" % comma.join(f'"{name}"{colon}{value}' for name, value in fields)
-    before, behind = often("", [" ", "\ufeff", "\r", "x"], 0.04), often(
-        "", ["\r", " ", "}", ",", "\0", "{}"], 0.04
-    )
-    line = (before + text + behind).encode("utf-8", "surrogatepass")
+    """Return a line: an event as everyone prints it, or one that breaks one or two rules, or one
+    of another kind."""
+    line = random_text(chance).encode("utf-8", "surrogatepass")
     if chance.random() < 0.05:
         at = chance.randrange(len(line))
         other = chance.choice([b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"\0", b'"', b"\\", b""])
         line = line[:at] + other + line[at + 1 :]
     return line.replace(b"\n", b"")
+
+
+def random_text(chance):
+    """Return the text of a random line."""
+    colon = usually(chance, ": ", [":", ":  ", " : "])
+    comma = usually(chance, ", ", [",", " ,", ",\t"])
+    fields = random_fields(chance)
+    text = comma.join(f'"{name}"{colon}{value}' for name, value in fields)
+    before = usually(chance, "", [" ", "\ufeff", "\r", "x"], 0.04)
+    behind = usually(chance, "", ["\r", " ", "}", ",", "\0", "{}"], 0.04)
+    return before + "{" + text + "}" + behind
+
+
+def random_fields(chance):
+    """Return the (name, value) of each field of a random line."""
+    name = chance.choice(["add_revenue", "subtract_revenue"])
+    fields = [
+        ("userId", quoted(usually(chance, "user1", USERS, 0.2))),
+        ("name", quoted(usually(chance, name, ["add", "Add_revenue", "add_revenue "]))),
+        ("value", usually(chance, "5", VALUES, 0.3)),
+    ]
+    if chance.random() < 0.4:
+        fields.append(("producerId", quoted(usually(chance, "p", PRODUCERS))))
+        fields.append(("sequence", usually(chance, "1", SEQUENCES, 0.15)))
+    if chance.random() < 0.1:
+        fields.insert(chance.randrange(len(fields) + 1), chance.choice(OTHER_FIELDS))
+    if chance.random() < 0.05:
+        fields.pop(chance.randrange(len(fields)))
+    if chance.random() < 0.05:
+        chance.shuffle(fields)
+    return fields
+
+
+def usually(chance, value, others, odds=0.07):
+    """Return value, or with these odds one of the others."""
+    if chance.random() < odds:
+        return chance.choice(others)
+    return value
+
+
+def quoted(text):
+    """Return text between quotes, as it is."""
+    return f'"{text}"'

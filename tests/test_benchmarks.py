@@ -1,4 +1,5 @@
 """The benchmarks' tables say what was measured. Nothing is measured here."""
+
 import argparse
 import sys
 import unittest
@@ -87,7 +88,6 @@ class Figures(unittest.TestCase):
                     return version
 
                 row = compare.Row("work", compare.SECONDS, measure)
-                pair = compare.measure_pair(
-                    row, "before", "after", after_first=after_first)
+                pair = compare.measure_pair(row, "before", "after", after_first=after_first)
                 self.assertEqual(asked, order)
                 self.assertEqual(pair, ("before", "after"))

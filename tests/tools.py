@@ -1,4 +1,4 @@
-"""The scripts as processes."""
+"""The scripts as processes, and what every test needs."""
 
 import contextlib
 import http.client
@@ -20,45 +20,48 @@ from tests.tools_database import HERE, drop_tables, query
 from tests.tools_http import read_answer
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
+CREATE_TABLE = (HERE / "create_table.sql").read_text(encoding="utf-8")
+
+# How what a script prints is read, whatever the locale of the tests.
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def wait_until(condition, what, seconds=20):
     """Return condition's first true result, or fail."""
     end = time.monotonic() + seconds
-    while not (result := condition()):
-        if time.monotonic() > end:
-            raise AssertionError(f"waited {seconds} s in vain until {what}")
+    while time.monotonic() < end:
+        result = condition()
+        if result:
+            return result
         time.sleep(0.01)
-    return result
+    raise AssertionError(f"waited {seconds} s in vain until {what}")
 
 
 def alive(pid):
     """Tell whether a process runs (a zombie does not)."""
     if Path("/proc/self/stat").exists():
         with contextlib.suppress(OSError):
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+            state = Path(f"/proc/{pid}/stat").read_text(**TEXT).rpartition(") ")[2]
+            return state[0] != "Z"
         return False
-    state = subprocess.run(
-        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
-    ).stdout
-    return state.strip()[:1] not in ("", "Z")
+    listing = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, **TEXT)
+    return listing.stdout.strip()[:1] not in ("", "Z")
 
 
 def children_of(pid):
-    """Return the ids of a process's children, the oldest first, with those that ended and are not
-    reaped."""
+    """Return the ids of a process's children, the oldest first, also of those not reaped yet."""
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
     with contextlib.suppress(OSError):
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
-    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)  # macOS
-    return [int(child) for child in listing.stdout.split()]
+        return list(map(int, listing.read_bytes().split()))
+    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, **TEXT)  # macOS
+    return list(map(int, listing.stdout.split()))
 
 
 def can_bind(port):
     """Tell whether a port is free."""
     with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
         return True
+    return False
 
 
 def free_port():
@@ -68,7 +71,7 @@ def free_port():
 
 
 def run_in_child(action):
-    """Run action in a forked process and return its wait status: a kill there is a kill."""
+    """Run action in a forked process and return its exit status: a kill there is a kill."""
     pid = os.fork()
     if pid == 0:
         status = 99
@@ -79,51 +82,79 @@ def run_in_child(action):
             os.write(2, f"{error!r}\n".encode())
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def patched(module, patch):
-    """Return (interpreter's arguments, environment) that run a script after some lines of Python
-    have changed it."""
-    return (
-        ["-c", f"import sys, {module}\n{patch}\nsys.exit({module}.main())"],
-        {"PYTHONPATH": str(HERE)},
-    )
+    """Return how to run a script after some lines of Python have changed it.
+
+    These are the interpreter's arguments and an environment.
+    """
+    code = f"import sys, {module}\n{patch}\nsys.exit({module}.main())"
+    return ["-c", code], {"PYTHONPATH": str(HERE)}
+
+
+def blocks(language):
+    """Return the README's code blocks of a language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [text for name, text in found if name == language]
 
 
 class Server:
-    """A running server.py with a log of its own; patch is Python that runs before main()."""
+    """A running server.py with a log of its own.
+
+    log       its log
+    errors    the file of what it prints to stderr
+    process   its parent process
+    port      where it listens
+    url       where it takes events
+    """
 
     def __init__(
         self, test, *arguments, log="server-events.jsonl", port=0, patch=None, **environment
     ):
-        """Start server.py and return when it listens, or fail."""
+        """Start server.py and return when it listens, or fail.
+
+        patch is Python that runs before its main().
+        """
         self.log = test.directory / log
         self.errors = test.directory / f"stderr-{secrets.token_hex(4)}"
         if port:
             wait_until(lambda: can_bind(port), "the port is free")
-        script, path = patched("server", patch) if patch else ([HERE / "server.py"], {})
+        script = [HERE / "server.py"]
+        path = {}
+        if patch:
+            script, path = patched("server", patch)
         command = [sys.executable, *script, "--port", str(port), "--log", self.log, *arguments]
-        with open(self.errors, "w") as errors:
+        with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
                 command,
                 cwd=test.directory,
+                env=os.environ | path | environment,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
-                env=os.environ | path | environment,
+                **TEXT,
             )
         test.addCleanup(self.check_and_end, test)
         self.announcement = self.process.stdout.readline()
         if not self.announcement:
-            raise AssertionError(f"the server did not start: {self.errors.read_text()}")
+            raise AssertionError(f"the server did not start: {self.printed()}")
         self.port = int(re.search(r":(\d+),", self.announcement)[1])
         self.url = f"http://127.0.0.1:{self.port}/liveEvent"
 
     def check_and_end(self, test):
         """End the server; whatever was done to it, it must not have printed a traceback."""
         self.kill()
-        test.assertNotIn("Traceback", self.errors.read_text())
+        test.assertNotIn("Traceback", self.printed())
+
+    def printed(self):
+        """Return what it printed to stderr."""
+        return self.errors.read_text(**TEXT)
+
+    def said(self):
+        """Return the lines that it printed to stderr."""
+        return self.printed().splitlines()
 
     def workers(self):
         """Return the workers' process ids."""
@@ -157,15 +188,11 @@ class Server:
 
     def post(self, body, media="application/json", **headers):
         """POST a body of events and return (status, decoded answer)."""
-        headers = {"Content-Type": media} | {
-            name.replace("_", "-"): str(value) for name, value in headers.items()
-        }
-        status, _, answer = self.ask("POST", "/liveEvent", body, headers)
+        fields = {"Content-Type": media}
+        for name, value in headers.items():
+            fields[name.replace("_", "-")] = str(value)
+        status, _, answer = self.ask("POST", "/liveEvent", body, fields)
         return status, json.loads(answer)
-
-    def said(self):
-        """Return the lines on stderr."""
-        return self.errors.read_text().splitlines()
 
     def raw(self, *pieces):
         """Send bytes as they are and return (status, headers, body) of the answer."""
@@ -183,13 +210,15 @@ class SystemTest(unittest.TestCase):
         self.directory = Path(tempfile.mkdtemp(prefix="events-test-"))
         self.addCleanup(shutil.rmtree, self.directory)
         drop_tables()
-        query((HERE / "create_table.sql").read_text())
+        query(CREATE_TABLE)
 
     def path(self, name, content=None):
         """Return a path in the test's directory, written if there is content."""
         path = self.directory / name
+        if isinstance(content, str):
+            content = content.encode()
         if content is not None:
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            path.write_bytes(content)
         return path
 
     def start(self, script, *arguments, **environment):
@@ -197,10 +226,10 @@ class SystemTest(unittest.TestCase):
         process = subprocess.Popen(
             [sys.executable, HERE / script, *map(str, arguments)],
             cwd=self.directory,
-            text=True,
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | environment,
+            **TEXT,
         )
 
         def end():
@@ -227,15 +256,18 @@ class SystemTest(unittest.TestCase):
         """Run data_processor.py."""
         return self.run_script("data_processor.py", *logs, **options)
 
+    def run_patched(self, module, patch, *arguments, **environment):
+        """Run a script to its end after some lines of Python have changed it."""
+        script, path = patched(module, patch)
+        return subprocess.run(
+            [sys.executable, *script, *map(str, arguments)],
+            cwd=self.directory,
+            env=os.environ | path | environment,
+            capture_output=True,
+            timeout=120,
+            **TEXT,
+        )
+
     def assertRevenue(self, expected):
         """Check the whole table."""
         self.assertEqual(dict(query("SELECT user_id, revenue FROM users_revenue")), expected)
-
-
-def blocks(language):
-    """Return the README's code blocks of a language."""
-    return [
-        text
-        for name, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
-        if name == language
-    ]

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests.tools import SystemTest, free_port, patched
+from tests.tools import TEXT, SystemTest, free_port, patched
 
 
 class ClientTest(SystemTest):
@@ -25,8 +25,8 @@ class ClientTest(SystemTest):
             [sys.executable, *code, *map(str, arguments)],
             cwd=self.directory,
             timeout=60,
-            text=True,
             env=os.environ | environment | options.pop("environment", {}),
+            **TEXT,
             **options,
         )
         self.assertNotIn("Traceback", run.stderr or "")
@@ -34,19 +34,12 @@ class ClientTest(SystemTest):
 
     def interrupted(self, *arguments):
         """Begin a delivery that finds no server, and return the producer id that it keeps."""
-        self.client(
-            *arguments,
-            "--url",
-            f"http://localhost:{free_port()}/liveEvent",
-            "--give-up-after",
-            0,
-            status=1,
-        )
+        nowhere = f"http://localhost:{free_port()}/liveEvent"
+        self.client(*arguments, "--url", nowhere, "--give-up-after", 0, status=1)
         return json.loads(self.state.read_text())["producerId"]
 
     def rejected_files(self):
         """Return the contents of the files of rejected lines, the oldest first."""
-        files = sorted(
-            self.directory.glob("events.jsonl.rejected-*"), key=lambda path: path.stat().st_mtime_ns
-        )
+        files = list(self.directory.glob("events.jsonl.rejected-*"))
+        files.sort(key=lambda path: path.stat().st_mtime_ns)
         return [path.read_bytes() for path in files]

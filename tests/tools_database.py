@@ -15,18 +15,14 @@ import data_processor
 
 HERE = Path(__file__).resolve().parent.parent  # where the scripts are
 
-
 SCRATCH = f"events_test_{os.getpid()}_{secrets.token_hex(4)}"
-
 
 # PGPORT and PGPASSWORD are missing here: alone they name no database, they change the default
 # one's port or password.
 NAME_A_DATABASE = ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE")
 
-
 # Set in the environment of the tests that run inside a throwaway PostgreSQL.
 THROWAWAY = "EVENTS_TEST_THROWAWAY"
-
 
 administration = None  # a connection to the database that the environment names
 no_database = None  # the sentence with which setUpModule() failed
@@ -47,7 +43,8 @@ def setUpModule():
     try:
         create_scratch_database()
     except (psycopg2.Error, data_processor.Failure) as error:
-        if command := throwaway_command(os.environ):
+        command = throwaway_command(os.environ)
+        if command:
             sys.stdout.flush()
             sys.stderr.flush()
             os.execvpe(command[0], command, throwaway_environment(os.environ))
@@ -61,21 +58,39 @@ def setUpModule():
 
 
 def create_scratch_database():
-    """Create the scratch database in the database that the environment names, or raise
-    psycopg2.Error."""
+    """Create the scratch database in the database that the environment names.
+
+    Raise psycopg2.Error if that cannot be done.
+    """
     global administration
-    administration = data_processor.connect(connect_timeout=10)
-    administration.autocommit = True
-    administer(f"CREATE DATABASE {SCRATCH} ENCODING 'UTF8' TEMPLATE template0")
-    info = administration.info
-    settings = {
-        key: info.dsn_parameters.get(key) for key in ("host", "hostaddr", "port", "user", "sslmode")
-    }
-    settings |= {"password": info.password, "dbname": SCRATCH}
-    os.environ["DATABASE_URL"] = psycopg2.extensions.make_dsn(
-        **{k: v for k, v in settings.items() if v}
-    )
+    connection = data_processor.connect(connect_timeout=10)
+    connection.autocommit = True
+    administration = connection
+    try:
+        administer(f"CREATE DATABASE {SCRATCH} ENCODING 'UTF8' TEMPLATE template0")
+    except psycopg2.Error:
+        administration = None
+        connection.close()
+        raise
+    used = connection.info.dsn_parameters
+    settings = {"dbname": SCRATCH}
+    for name in ("host", "hostaddr", "port", "user", "sslmode"):
+        if used.get(name):
+            settings[name] = used[name]
+    if connection.info.password:
+        settings["password"] = connection.info.password
+    os.environ["DATABASE_URL"] = psycopg2.extensions.make_dsn(**settings)
     os.environ.pop("EVENTS_AUTHORIZATION", None)
+
+
+def drop_scratch_database(owner):
+    """Drop the scratch database at the end of its owner, the process that created it.
+
+    A forked process that ends keeps it.
+    """
+    if os.getpid() == owner:
+        administer(f"DROP DATABASE {SCRATCH} WITH (FORCE)")
+        administration.close()
 
 
 def throwaway_command(environment):
@@ -84,35 +99,22 @@ def throwaway_command(environment):
     Return None when the environment names a database, when this is the second run already, or when
     Debian's pg_virtualenv is missing.
     """
-    if THROWAWAY in environment or any(environment.get(variable) for variable in NAME_A_DATABASE):
+    if THROWAWAY in environment or any(environment.get(name) for name in NAME_A_DATABASE):
         return None
     if not shutil.which("pg_virtualenv", path=environment.get("PATH")):
         return None
-    return [
-        "pg_virtualenv",
-        "-t",
-        sys.executable,
-        *sys.orig_argv[1:],
-    ]  # sys.executable: stay in a virtual environment
+    python = sys.executable  # stays in a virtual environment
+    return ["pg_virtualenv", "-t", python, *sys.orig_argv[1:]]
 
 
 def throwaway_environment(environment):
     """Return the environment for throwaway_command()."""
-    # pg_virtualenv would give PGPORT to its cluster, and that port may be taken. LC_ALL makes the
-    # encoding UTF8.
-    rest = {
-        name: value for name, value in environment.items() if name not in ("PGPORT", "PGPASSWORD")
-    }
-    return rest | {THROWAWAY: "1", "LC_ALL": "C.UTF-8"}
-
-
-def drop_scratch_database(owner):
-    """Drop the scratch database at the end of the process that created it, and not at that of a
-    forked one."""
-    if os.getpid() != owner:
-        return
-    administer(f"DROP DATABASE {SCRATCH} WITH (FORCE)")
-    administration.close()
+    inside = dict(environment)
+    for name in ("PGPORT", "PGPASSWORD"):  # PGPORT would be the cluster's, and may be taken
+        inside.pop(name, None)
+    inside[THROWAWAY] = "1"
+    inside["LC_ALL"] = "C.UTF-8"  # the cluster's encoding is then UTF8
+    return inside
 
 
 def administer(statement):
@@ -121,15 +123,25 @@ def administer(statement):
         sql.execute(statement)
 
 
+def connect(**options):
+    """Return a connection to the scratch database."""
+    return psycopg2.connect(os.environ["DATABASE_URL"], **options)
+
+
 def query(statement, parameters=None):
     """Run a statement in the scratch database and return its rows."""
-    connection = psycopg2.connect(os.environ["DATABASE_URL"])
-    try:
+    with contextlib.closing(connect()) as connection:
         with connection, connection.cursor() as sql:
             sql.execute(statement, parameters)
-            return sql.fetchall() if sql.description else []
-    finally:
-        connection.close()
+            if sql.description:
+                return sql.fetchall()
+            return []
+
+
+def database_url(**changes):
+    """Return the address of the scratch database with other parameters."""
+    parameters = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
+    return psycopg2.extensions.make_dsn(**parameters | changes)
 
 
 def empty_tables():
@@ -143,27 +155,27 @@ def drop_tables():
 
 
 def waiting():
-    """Return the process ids of the database's sessions that wait for a lock, those that want
-    users_revenue last."""
-    return [pid for pid, in query("""
+    """Return the process ids of the database's sessions that wait for a lock.
+
+    Those that want users_revenue come last.
+    """
+    sessions = query("""
         SELECT pid FROM pg_stat_activity
         WHERE datname = current_database() AND wait_event_type = 'Lock'
-        ORDER BY query ~ 'users_revenue'""")]
+        ORDER BY query ~ 'users_revenue'""")
+    return [pid for (pid,) in sessions]
 
 
 @contextlib.contextmanager
 def locked_users():
     """Return a context in which everyone else waits for users_revenue."""
-    with contextlib.closing(
-        psycopg2.connect(os.environ["DATABASE_URL"])
-    ) as connection, connection.cursor() as sql:
+    with contextlib.closing(connect()) as connection, connection.cursor() as sql:
         sql.execute("LOCK TABLE users_revenue")
         yield
 
 
 def terminate_backends():
     """End the server side of every connection to the scratch database."""
-    return query(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    )
+    query("""
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid()""")
