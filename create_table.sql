@@ -1,72 +1,340 @@
 -- The whole schema. Safe to run again: what exists is kept, and it is checked whether it fits.
-
--- The result: one row a user. NUMERIC without precision never rounds. Half of each page is left free so that an update
--- stays on its page and touches no index (measured: half the time of an update in full pages).
-CREATE TABLE IF NOT EXISTS users_revenue (
-    user_id text COLLATE "C" PRIMARY KEY,
-    revenue numeric NOT NULL
-) WITH (fillfactor = 50);
-
--- What has been counted: per producer, the sequence numbers whose events are in users_revenue.
-CREATE TABLE IF NOT EXISTS event_producers (
-    producer_id text COLLATE "C" PRIMARY KEY,
-    applied int8multirange NOT NULL DEFAULT '{}'
-);
-
--- A shortcut: how far each log was read. log_id is the SHA-256 of the log's first line, digest that of the up to
--- 64 KiB before position; the shortcut is taken only when those bytes are still there.
-CREATE TABLE IF NOT EXISTS event_logs (
-    log_id bytea PRIMARY KEY,
-    position bigint NOT NULL DEFAULT 0,
-    digest bytea NOT NULL DEFAULT sha256('')
-);
-
--- The check, which data_processor.py runs whenever it connects (its role needs plpgsql, which all have by default): a
--- table that was there before may not hold every user and every sum, each user once. ON CONFLICT takes neither a
--- partial key nor one of several columns, and it refuses a deferrable one even beside a good one.
+-- data_processor.py runs this whenever it connects, and when something about the tables changed.
 DO $$
 DECLARE
+    temporary constant boolean := current_setting('search_path') = 'pg_temp';  -- for --verify
+    probe constant text := 'a row that create_table.sql tries, and takes back';
+    created text[] := '{}';
+    tables oid[];  -- users_revenue, event_producers, event_logs: these, and the arrays below
     fault text;
+    stored numeric;
+    written boolean := false;
+    stamps text[];  -- what the comments say of the tables that belong together
+    counted boolean[];  -- whether they say that the table has held what was counted
+    holds boolean[];  -- whether it holds that now
+    stayed boolean[];  -- whether it has the oid that it had when it was stamped
+    kept_file boolean[];  -- whether it has the file that it had then
+    files oid[];
+    known text[];
+    may_stamp boolean;
+    agree boolean;  -- whether the stamps are the same
+    lacking integer;  -- the number of the table that does not fit to the others
+    again text;
+    zero text;
+    stamp text;
+    comment_before text;
 BEGIN
+    -- ---- The database ----------------------------------------------------------------------
+
+    IF current_setting('server_version_num')::int < 140000 THEN
+        RAISE EXCEPTION 'PostgreSQL 14 or newer is needed; this is %',
+            current_setting('server_version');
+    END IF;
     IF current_setting('server_encoding') <> 'UTF8' THEN
-        RAISE EXCEPTION 'The database % is encoded in %; create one with: createdb --encoding=UTF8 '
-            '--template=template0 NAME, and set PGDATABASE to its name',
+        RAISE EXCEPTION 'The database % is encoded in %; create one with: createdb '
+            '--encoding=UTF8 --template=template0 NAME, and set PGDATABASE to its name',
             current_database(), current_setting('server_encoding');
     END IF;
-    IF (SELECT count(DISTINCT relnamespace) FROM pg_class WHERE oid IN (
-            to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs'))) > 1 THEN
-        RAISE EXCEPTION 'users_revenue, event_producers and event_logs are in different schemas; set search_path so '
-            'that all three are found in one: ALTER ROLE NAME SET search_path = SCHEMA';
+
+    -- ---- The tables that are missing -------------------------------------------------------
+
+    -- The result: one row a user. NUMERIC without precision never rounds. Half of each page is
+    -- left free so that an update stays on its page and touches no index (measured: half the
+    -- time of an update in full pages).
+    IF to_regclass('users_revenue') IS NULL OR to_regclass('event_producers') IS NULL
+            OR to_regclass('event_logs') IS NULL THEN
+        IF NOT temporary THEN
+            -- Two that create the same table at once collide, even with IF NOT EXISTS.
+            PERFORM pg_advisory_xact_lock(hashtext('create_table.sql'));
+            -- All three stand in one schema: where users_revenue is, if it is anywhere.
+            PERFORM set_config('search_path', quote_ident(nspname), true)
+            FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+            WHERE pg_class.oid = to_regclass('users_revenue');
+        END IF;
+        IF to_regclass('users_revenue') IS NULL THEN
+            created := created || 'users_revenue'::text;
+            CREATE TABLE users_revenue (
+                user_id text COLLATE "C" PRIMARY KEY,
+                revenue numeric NOT NULL
+            ) WITH (fillfactor = 50);
+        END IF;
+
+        -- What has been counted: per producer, the sequence numbers whose events are in
+        -- users_revenue.
+        IF to_regclass('event_producers') IS NULL THEN
+            created := created || 'event_producers'::text;
+            CREATE TABLE event_producers (
+                producer_id text COLLATE "C" PRIMARY KEY,
+                applied int8multirange NOT NULL DEFAULT '{}'
+            );
+        END IF;
+
+        -- A shortcut: how far each log was read. log_id is the SHA-256 of the log's first line,
+        -- digest that of the up to 64 KiB before position; the shortcut is taken only when those
+        -- bytes are still there.
+        IF to_regclass('event_logs') IS NULL THEN
+            created := created || 'event_logs'::text;
+            CREATE TABLE event_logs (
+                log_id bytea PRIMARY KEY,
+                position bigint NOT NULL DEFAULT 0,
+                digest bytea NOT NULL DEFAULT sha256('')
+            );
+        END IF;
     END IF;
-    SELECT CASE
-        WHEN revenue IS NULL THEN
-            'has no column revenue; mend it with: ALTER TABLE users_revenue '
-            || 'ADD COLUMN revenue numeric NOT NULL DEFAULT 0'
-        WHEN revenue <> 'numeric' THEN
-            format('keeps revenue as %s, which cannot hold every sum exactly; mend it with: ALTER TABLE users_revenue '
-                   'ALTER COLUMN revenue TYPE numeric USING revenue::numeric', revenue)
-        WHEN user_id IS NULL THEN
-            'has no column user_id; mend it with: ALTER TABLE users_revenue '
-            || 'ADD COLUMN user_id text COLLATE "C" UNIQUE'
-        WHEN NOT deterministic OR user_id !~ '^(text|character varying)([(]|$)'
-                OR substring(user_id FROM '[0-9]+')::int < 255 THEN
-            format('keeps user_id as %s, which cannot hold every user or tell all of them apart; mend it with: '
-                   'ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text COLLATE "C"', user_id)
-        WHEN deferrable_key IS NOT NULL OR NOT has_key THEN
-            'has no unique key on user_id that is not deferrable; mend it with: ALTER TABLE users_revenue '
-            || coalesce('DROP CONSTRAINT ' || quote_ident(deferrable_key) || ', ', '') || 'ADD UNIQUE (user_id)'
-        END INTO fault
-    FROM (SELECT max(format_type(atttypid, atttypmod)) FILTER (WHERE attname = 'revenue') AS revenue
-          FROM pg_attribute WHERE attrelid = 'users_revenue'::regclass AND NOT attisdropped) AS of_revenue
-    LEFT JOIN (
-        SELECT format_type(atttypid, atttypmod) AS user_id, collisdeterministic IS NOT false AS deterministic,
-            EXISTS (SELECT FROM pg_index WHERE indrelid = attrelid AND indkey[0] = attnum AND indnkeyatts = 1
-                    AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL) AS has_key,
-            (SELECT min(conname) FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum]
-             AND condeferrable AND contype IN ('p', 'u')) AS deferrable_key
-        FROM pg_attribute LEFT JOIN pg_collation ON pg_collation.oid = attcollation
-        WHERE attrelid = 'users_revenue'::regclass AND attname = 'user_id') AS of_user_id ON true;
+    IF temporary THEN
+        RETURN;
+    END IF;
+
+    -- ---- What each table must be -----------------------------------------------------------
+
+    tables := ARRAY['users_revenue'::regclass, 'event_producers'::regclass,
+                    'event_logs'::regclass];
+    IF (SELECT count(DISTINCT relnamespace) > 1 FROM pg_class WHERE oid = ANY (tables)) THEN
+        RAISE EXCEPTION 'users_revenue, event_producers and event_logs are in different '
+            'schemas; set search_path so that all three are found in one: ALTER ROLE NAME SET '
+            'search_path = SCHEMA';
+    END IF;
+
+    -- A permanent table, ordinary or partitioned, without heirs and rules.
+    SELECT format(CASE
+            WHEN relkind NOT IN ('r', 'p') THEN
+                '%1$s is no table; rename it, so that a table can be created'
+            WHEN relpersistence = 'u' THEN
+                '%1$s is emptied when PostgreSQL crashes; mend it with: ALTER TABLE %1$s '
+                'SET LOGGED'
+            WHEN relpersistence <> 'p' THEN
+                '%1$s is temporary and hides the real one; mend it with: DROP TABLE pg_temp.%1$s'
+            WHEN EXISTS (SELECT FROM pg_inherits WHERE inhparent = pg_class.oid) THEN
+                '%1$s has heirs, whose rows it would show as its own; mend it with: '
+                'ALTER TABLE %2$s NO INHERIT %1$s'
+            ELSE
+                '%1$s has a rule, which changes what is written; mend it with: DROP RULE %3$I '
+                'ON %1$s'
+        END, relname,
+        (SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = pg_class.oid LIMIT 1),
+        (SELECT rulename FROM pg_rewrite WHERE ev_class = pg_class.oid LIMIT 1)) INTO fault
+    FROM pg_class
+    WHERE oid = ANY (tables) AND (
+        relkind NOT IN ('r', 'p') OR relpersistence <> 'p'
+        OR (relkind = 'r' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = pg_class.oid))
+        OR EXISTS (SELECT FROM pg_rewrite WHERE ev_class = pg_class.oid))
+    ORDER BY array_position(tables, oid) LIMIT 1;
     IF fault IS NOT NULL THEN
-        RAISE EXCEPTION 'users_revenue %', fault;
+        RAISE EXCEPTION '%', fault;
+    END IF;
+
+    -- The columns, with types that hold every value exactly.
+    SELECT CASE WHEN attname IS NULL THEN
+            format('%s has no column %s; mend it with: ALTER TABLE %s ADD COLUMN %s %s',
+                   table_name, column_name, table_name, column_name, definition)
+        ELSE
+            format('%s keeps %s as %s, which cannot hold every value exactly; mend it with: '
+                   'ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s::%s',
+                   table_name, column_name, format_type(atttypid, atttypmod), table_name,
+                   column_name, type_name, column_name, type_name)
+        END INTO fault
+    FROM (VALUES
+        (1, 'users_revenue', 'revenue', 'numeric', 'numeric NOT NULL DEFAULT 0'),
+        (2, 'event_producers', 'producer_id', 'text', 'text COLLATE "C" PRIMARY KEY'),
+        (3, 'event_producers', 'applied', 'int8multirange',
+         'int8multirange NOT NULL DEFAULT ''{}'''),
+        (4, 'event_logs', 'log_id', 'bytea', 'bytea PRIMARY KEY'),
+        (5, 'event_logs', 'position', 'bigint', 'bigint NOT NULL DEFAULT 0'),
+        (6, 'event_logs', 'digest', 'bytea', 'bytea NOT NULL DEFAULT sha256('''')')
+    ) AS required (number, table_name, column_name, type_name, definition)
+    LEFT JOIN pg_attribute ON attrelid = table_name::regclass AND attname = column_name
+        AND NOT attisdropped
+    WHERE attname IS NULL OR atttypid <> type_name::regtype OR atttypmod <> -1
+    ORDER BY number LIMIT 1;
+    IF fault IS NOT NULL THEN
+        RAISE EXCEPTION '%', fault;
+    END IF;
+
+    -- user_id tells 255 characters apart, each from every other.
+    SELECT CASE WHEN attname IS NULL THEN
+            'users_revenue has no column user_id; mend it with: ALTER TABLE users_revenue '
+            'ADD COLUMN user_id text COLLATE "C" UNIQUE'
+        ELSE
+            format('users_revenue keeps user_id as %s%s, which cannot hold every user or tell '
+                   'all of them apart; mend it with: ALTER TABLE users_revenue ALTER COLUMN '
+                   'user_id TYPE text COLLATE "C"', format_type(atttypid, atttypmod),
+                   ' with the collation ' || quote_ident(collname))
+        END INTO fault
+    FROM (VALUES ('user_id')) AS required (column_name)
+    LEFT JOIN pg_attribute ON attrelid = tables[1] AND attname = column_name
+        AND NOT attisdropped
+    LEFT JOIN pg_collation ON pg_collation.oid = attcollation
+    WHERE attname IS NULL OR NOT collisdeterministic
+        OR NOT (atttypid = 'text'::regtype OR (atttypid = 'varchar'::regtype
+                AND (atttypmod = -1 OR atttypmod - 4 >= 255)));
+    IF fault IS NOT NULL THEN
+        RAISE EXCEPTION '%', fault;
+    END IF;
+
+    -- user_id alone has a unique key that ON CONFLICT accepts: not partial, not deferrable (one
+    -- deferrable key spoils the others), and none that takes two users for one.
+    WITH keys AS (
+        SELECT indexrelid, conname, indimmediate,
+            indisvalid AND indpred IS NULL AND indexprs IS NULL AS accepted,
+            coalesce((SELECT collisdeterministic FROM pg_collation
+                      WHERE pg_collation.oid = indcollation[0]), true) AS exact
+        FROM pg_index
+        JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+        LEFT JOIN pg_constraint ON conindid = indexrelid AND contype IN ('p', 'u')
+        WHERE indrelid = tables[1] AND indisunique AND indnkeyatts = 1 AND attname = 'user_id'
+    )
+    SELECT CASE
+        WHEN EXISTS (SELECT FROM keys WHERE NOT exact) THEN
+            (SELECT format('users_revenue has the unique key %s, which takes different users '
+                           'for one; mend it with: %s', indexrelid::regclass,
+                           coalesce('ALTER TABLE users_revenue DROP CONSTRAINT '
+                                    || quote_ident(conname),
+                                    'DROP INDEX ' || indexrelid::regclass))
+             FROM keys WHERE NOT exact LIMIT 1)
+        WHEN EXISTS (SELECT FROM keys WHERE NOT indimmediate) THEN
+            (SELECT format('users_revenue has no unique key on user_id that is not deferrable; '
+                           'mend it with: ALTER TABLE users_revenue DROP CONSTRAINT %I, '
+                           'ADD UNIQUE (user_id)', conname)
+             FROM keys WHERE NOT indimmediate ORDER BY conname LIMIT 1)
+        WHEN NOT EXISTS (SELECT FROM keys WHERE accepted) THEN
+            'users_revenue has no unique key on user_id that is not deferrable; mend it with: '
+            'ALTER TABLE users_revenue ADD UNIQUE (user_id)'
+        END INTO fault;
+    IF fault IS NOT NULL THEN
+        RAISE EXCEPTION '%', fault;
+    END IF;
+
+    -- No column takes its value from a sequence that ends: every upsert uses up one, also for a
+    -- user who is there already.
+    SELECT format('users_revenue uses up the sequence %s, which has less than 64 bits; mend it '
+                  'with: ALTER TABLE users_revenue ALTER COLUMN %I TYPE bigint; ALTER SEQUENCE '
+                  '%s AS bigint', seqrelid::regclass, attname, seqrelid::regclass) INTO fault
+    FROM pg_attribute
+    LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+    JOIN pg_depend ON (classid = 'pg_attrdef'::regclass AND objid = pg_attrdef.oid
+                       AND refclassid = 'pg_class'::regclass)
+        OR (classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass
+            AND refobjid = attrelid AND refobjsubid = attnum AND deptype = 'i')
+    JOIN pg_sequence ON seqrelid = CASE classid WHEN 'pg_attrdef'::regclass THEN refobjid
+                                   ELSE objid END
+    WHERE attrelid = tables[1] AND attnum > 0 AND NOT attisdropped
+        AND (seqtypid <> 'bigint'::regtype OR atttypid IN ('int'::regtype, 'smallint'::regtype))
+    LIMIT 1;
+    IF fault IS NOT NULL THEN
+        RAISE EXCEPTION '%', fault;
+    END IF;
+
+    -- A trigger that may change a row is tried: two amounts are added and taken back.
+    IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = tables[1] AND NOT tgisinternal
+               AND tgenabled <> 'D' AND tgtype & 3 = 3) THEN
+        BEGIN
+            FOR number IN 1..2 LOOP
+                INSERT INTO users_revenue AS old (user_id, revenue)
+                VALUES (probe, 111111111111111111.111111111111111111)
+                ON CONFLICT (user_id) DO UPDATE SET revenue = old.revenue + excluded.revenue;
+            END LOOP;
+            SELECT revenue INTO stored FROM users_revenue WHERE user_id = probe;
+            written := true;
+            RAISE EXCEPTION USING ERRCODE = 'ZZZZZ';  -- takes the row back
+        EXCEPTION
+            WHEN SQLSTATE 'ZZZZZ' THEN NULL;
+            WHEN integrity_constraint_violation OR raise_exception THEN NULL;  -- not this user
+        END;
+        IF written AND stored IS DISTINCT FROM 222222222222222222.222222222222222222 THEN
+            SELECT format('users_revenue has a trigger that changes revenue; mend it with: '
+                          'ALTER TABLE users_revenue DISABLE TRIGGER %I', tgname) INTO fault
+            FROM pg_trigger WHERE tgrelid = tables[1] AND NOT tgisinternal
+                AND tgenabled <> 'D' AND tgtype & 3 = 3 ORDER BY tgname LIMIT 1;
+            RAISE EXCEPTION '%', fault;
+        END IF;
+    END IF;
+
+    -- ---- The tables belong together --------------------------------------------------------
+
+    -- Each comment ends with a stamp such as [events 5f0c... 16402 16408 16415 16402 16408 16415
+    -- counted]: a random id, the oids of the three tables and of their files when they were
+    -- stamped, and whether this one has held what was counted. So a table that was emptied, or
+    -- that came back from a backup without the others, is noticed. All three may come back, with
+    -- other oids, or be emptied by one TRUNCATE, which gives each a new file.
+    SELECT array_agg(substring(comment FROM '\[events ([0-9a-f]+(?: [0-9]+){6})') ORDER BY number),
+        array_agg(comment ~ '\[events [^]]* counted\]' ORDER BY number),
+        bool_and(pg_has_role(relowner, 'USAGE'))
+    INTO stamps, counted, may_stamp
+    FROM unnest(tables) WITH ORDINALITY AS listed (listed_oid, number)
+    JOIN pg_class ON oid = listed_oid
+    CROSS JOIN LATERAL coalesce(obj_description(oid, 'pg_class'), '') AS comment;
+    PERFORM FROM users_revenue LIMIT 1;
+    holds[1] := FOUND;
+    PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
+    holds[2] := FOUND;
+    PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
+    holds[3] := FOUND;
+    known := string_to_array(stamps[1], ' ');
+    FOR number IN 1..3 LOOP
+        files[number] := coalesce(pg_relation_filenode(tables[number]), 0);
+        stayed[number] := known[1 + number] = tables[number]::text;
+        kept_file[number] := known[4 + number] = files[number]::text;
+    END LOOP;
+    agree := stamps[1] IS NOT DISTINCT FROM stamps[2] AND stamps[2] IS NOT DISTINCT FROM stamps[3];
+
+    FOR number IN 1..3 LOOP
+        IF counted[number] AND NOT holds[number] AND true = ANY (kept_file) THEN
+            lacking := number;
+            fault := format('%s was emptied', tables[number]::regclass);
+        END IF;
+    END LOOP;
+    -- Who is not their owner cannot stamp them; but no id was ever counted without a user.
+    IF NOT may_stamp AND holds[2] AND NOT holds[1] THEN
+        lacking := 1;
+        fault := 'users_revenue was emptied';
+    END IF;
+    IF NOT agree OR (true = ANY (stayed) AND false = ANY (stayed)) THEN
+        lacking := 1;
+        IF stamps[2] IS DISTINCT FROM stamps[3] OR stayed[2] <> stayed[3]
+                OR 'event_producers' = ANY (created) THEN
+            lacking := 2;
+        END IF;
+        fault := 'one of them came back without the others';
+        IF created <> '{}' THEN
+            fault := format('missing: %s', array_to_string(created, ', '));
+        END IF;
+    END IF;
+    -- Nothing is wrong while none of them holds anything.
+    IF fault IS NOT NULL AND true = ANY (holds) THEN
+        again := 'TRUNCATE users_revenue, event_producers, event_logs';
+        IF created <> '{}' THEN
+            SELECT 'DROP TABLE ' || string_agg(listed::regclass::text, ', ') INTO again
+            FROM unnest(tables) AS listed
+            WHERE listed::regclass::text <> ALL (created);
+        END IF;
+        IF lacking > 1 THEN  -- then nobody knows what was counted
+            zero := 'move the logs to where data_processor.py does not look, and then: ' || again;
+        ELSE  -- what was counted stays known as counted
+            zero := 'COMMENT ON TABLE event_producers IS NULL; COMMENT ON TABLE event_logs IS NULL';
+            IF created = '{}' THEN
+                zero := 'TRUNCATE users_revenue; COMMENT ON TABLE users_revenue IS NULL; ' || zero;
+            END IF;
+        END IF;
+        RAISE EXCEPTION 'users_revenue, event_producers and event_logs do not belong together: '
+            '%. To count everything again from the logs: %; then run data_processor.py with all '
+            'of them. To begin at zero: %', fault, again, zero;
+    END IF;
+
+    IF may_stamp THEN
+        stamp := known[1];
+        IF stamp IS NULL OR NOT agree THEN
+            stamp := md5(random()::text || clock_timestamp());
+        END IF;
+        stamp := concat_ws(' ', stamp, array_to_string(tables, ' '), array_to_string(files, ' '));
+        FOR number IN 1..3 LOOP
+            IF stamps[number] IS DISTINCT FROM stamp
+                    OR counted[number] IS DISTINCT FROM holds[number] THEN
+                comment_before := coalesce(obj_description(tables[number], 'pg_class'), '');
+                EXECUTE format('COMMENT ON TABLE %s IS %L', tables[number]::regclass,
+                    ltrim(regexp_replace(comment_before, ' ?\[events [^]]*\]', '')
+                          || format(' [events %s%s]', stamp,
+                                    CASE WHEN holds[number] THEN ' counted' END)));
+            END IF;
+        END LOOP;
     END IF;
 END $$;

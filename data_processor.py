@@ -1,42 +1,41 @@
-"""Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit.
-
-Every event counts exactly once, whatever is killed, run again, run twice at once, copied, cut or rotated in between. A
-LOG means the file and its rotated siblings: LOG.1, LOG-20261124 and the like.
-
-Example: python data_processor.py server-events.jsonl
-
-The database is the one that DATABASE_URL or libpq's variables (PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE) name;
-without any of them localhost:5432, database postgres, user postgres, password password1!.
-"""
-# One transaction adds revenue and the ids of the events that it came from: apply_chunk and count_once are that
-# transaction, and the place to start reading.
+"""Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit."""
+# One transaction adds revenue and the ids of the events that it came from: apply_chunk and
+# count_once are that transaction, and the place to start reading.
 #
-# A log is read in chunks, a transaction each; a chunk in slices, a child process each, which makes a Tally; a slice in
-# blocks. A span is a stretch of lines whose event ids ascend with them. A stamp is an event id at the end of a line.
+#   event id  a producer id and a sequence number; the server stamps every line with one
+#   span      lines that follow each other, whose event ids do so, too
+#   log       a file of events; it is read in chunks
+#   chunk     what one transaction applies; it is tallied in slices
+#   slice     whole lines of a chunk, which one child process tallies; it is read in blocks
+#   tally     what a slice holds: its sums, its spans and its bad lines
 #
-# The parts in order: what is printed; an event (its grammar, its rules, its stamp); files; a log and its reader; the
-# tally of a slice; exactly once; the database; the run. server.py imports what both scripts must agree on.
+# The parts in order: settings; what server.py uses, too (printing, an event, the file of a log,
+# the connection to PostgreSQL); reading a log; the tally of a slice; exactly once; the tables;
+# applying logs; the modes (run, follow, verify); the command line.
 import argparse
+import bisect
 import collections
 import contextlib
 import decimal
 import errno
+import functools
 import hashlib
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import re
-import secrets
-import shutil
+import select
 import signal
+import stat
 import sys
 import tempfile
 import threading
 import time
 from decimal import Decimal
-from pathlib import Path
+from typing import NamedTuple
 
 if sys.version_info < (3, 11):
     sys.exit("This program needs Python 3.11 or newer.")
@@ -45,109 +44,2112 @@ try:
     import psycopg2
     import psycopg2.errors
     import psycopg2.extensions
-except ImportError as error:
-    sys.exit(f"{error}. This needs Linux or macOS (on Windows, WSL) and python -m pip install -r requirements.txt.")
+except ImportError as missing:
+    sys.exit(
+        f"{missing}. This needs Linux or macOS (on Windows, WSL) "
+        "and python -m pip install -r requirements.txt."
+    )
 
+HELP = """\
+Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit.
+
+Every event counts exactly once, whatever is killed, run again, run twice at once,
+copied, cut or rotated in between. A LOG means the file and its rotated siblings:
+LOG.1, LOG-20261124 and the like.
+
+Example: python data_processor.py server-events.jsonl
+
+The database is the one that DATABASE_URL or libpq's variables (PGHOST, PGPORT, PGUSER,
+PGPASSWORD, PGDATABASE) name; without any of them localhost:5432, database postgres,
+user postgres, password password1!.
+"""
 DEFAULT_LOG = "server-events.jsonl"
-TABLES = Path(__file__).resolve().with_name("create_table.sql")
-DECOMPRESSORS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}  # the last is of Python 3.14
-COMPRESSED = (*DECOMPRESSORS, ".lz4", ".Z")
+TABLES = os.path.join(os.path.dirname(os.path.realpath(__file__)), "create_table.sql")
 
+# Bounds of an event. MAX_DEPTH is far below where json itself gives up, which differs by version
+# and stack: all must agree. VALUE_DIGITS may stand before the decimal point, and as many behind
+# it; the grammar below says so, too.
 MAX_EVENT_BYTES = 64 * 1024
-MAX_DEPTH = 100  # far below where json itself gives up, which differs by version and stack: all must agree
+MAX_DEPTH = 100
+VALUE_DIGITS = 18
 MAX_SEQUENCE = 2**53 - 1
-VALUE_DIGITS = 18  # before the decimal point, and as many behind it; the grammar below says so, too
 
-BLOCK_BYTES = 256 * 1024  # read and decoded at a time; more than the longest event with its stamp
-CHUNK_BYTES = 128 * 1024 * 1024  # one transaction: large, because each one updates every user in it once
-SLICE_BYTES = 2 * 1024 * 1024  # a chunk is not cut into smaller slices than that
-IDLE_SECONDS = 60  # PostgreSQL ends a transaction idle for so long: a vanished or stopped processor releases its locks
-CHUNK_SECONDS = 15  # of reading a slice; the transaction is idle then, during a second reading and during the sync
-KEPT_BYTES = 24 * 1024 * 1024  # that children send the parent for a chunk, as it is estimated; it needs some times more
-SPAN_BYTES, SUM_BYTES = 100, 16  # a span or a rejected line in that, and a user's sum besides the user id
-DIGEST_BYTES = 64 * 1024  # the hash of so many bytes before a position tells whether the log is unchanged
+# How many bytes are read and decoded at a time: more than the longest event with its stamp.
+BLOCK_BYTES = 256 * 1024
+# How many bytes one transaction applies: many, because it updates every user in them once.
+CHUNK_BYTES = 128 * 1024 * 1024
+# A chunk is not cut into smaller slices than that.
+SLICE_BYTES = 2 * 1024 * 1024
+# After a failure that may come from its size, a chunk is this many times smaller, down to
+# SMALLEST_CHUNK_BYTES, and grows again as chunks succeed.
+SHRINK = 4
+SMALLEST_CHUNK_BYTES = 64 * 1024
+# Estimated memory of what the children of one chunk send to the parent. A child stops early at
+# its share. The parent takes a few times as much.
+KEPT_BYTES = 24 * 1024 * 1024
+# In that estimate: a span or a rejected line, and the sum of a user besides the user id.
+SPAN_BYTES = 100
+SUM_BYTES = 16
+# The hash of so many bytes before a position tells whether the log is unchanged.
+DIGEST_BYTES = 64 * 1024
 
-ATTEMPTS = 6  # without any progress, 0.2 to 3.2 s apart: a PostgreSQL that restarts is back by then
-POLL_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # between two looks at the logs with --follow; after errors, at most
+# A child reads for at most so long before it sends what it has.
+CHUNK_SECONDS = 15
+# A child that sends nothing for so long stands still, and is given up.
+CHILD_SECONDS = 30
+# PostgreSQL ends a transaction that is idle for so long: a processor that vanished or stands
+# still releases its locks. It is longer than the time in which children tally.
+IDLE_SECONDS = 60
+# The same for --verify, which holds no row, and may decompress logs between two statements.
+VERIFY_IDLE_SECONDS = 3600
+# A lock that somebody else holds, on a log or on rows, is waited for in steps of so long.
+LOCK_SECONDS = 10
+# A statement that PostgreSQL does not answer for so long has failed: its host or its process
+# stands still.
+STATEMENT_SECONDS = 120
+# A run ends after so many attempts without any progress, 0.2 to 3.2 s apart: a PostgreSQL that
+# restarts is back by then, and a lock was waited for a minute.
+ATTEMPTS = 6
+# Between two looks at the logs with --follow, and at most after errors.
+POLL_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 30.0
+# So many rejected lines of a log are named at a time; the others are a number.
+NAMED_LINES = 100
+# The list of --verify waits so long for a reader of stdout that takes nothing.
+READER_SECONDS = 1.0
 
-# An amount has at most 18 + 18 digits; 100 hold the sum of 10**64 of them. If one still does not fit, Inexact raises.
-EXACT = decimal.Context(prec=100, traps=[decimal.InvalidOperation, decimal.Overflow, decimal.Inexact])
+# An amount has at most 18 + 18 digits; 100 hold the sum of 10**64 of them. If one still does not
+# fit, Inexact raises.
+EXACT = decimal.Context(
+    prec=100, traps=[decimal.InvalidOperation, decimal.Overflow, decimal.Inexact]
+)
 
 
 class Failure(Exception):
-    """Something in the user's world that ends the run: one sentence that says what is wrong and what to do."""
+    """Something in the user's world that ends the work: what is wrong and what to do."""
 
 
-class ChildDied(Failure):
-    """A child process ended before it gave its result: out of memory, or killed."""
+# ---- What server.py uses, too -------------------------------------------------------------
+# ---- Printing
 
 
-# ---- What is printed ------------------------------------------------------------------------------------------------
+def write(stream, text, patience=0.0):
+    """Write text to sys.stdout or sys.stderr, or drop what the stream does not take at once.
 
-def write(stream, words, end="\n"):
-    """Write words to sys.stdout or sys.stderr at once, with a backslash escape for what a terminal could obey or not
-    show. Words without an end show progress: on a terminal the next ones take their place, elsewhere they are left out.
-
-    The stream may be closed, full or broken, or its encoding may lack a character: nothing is raised, and nothing stays
-    in a buffer that could fail at exit or be printed by a child.
+    The stream may be closed, full, broken or stopped, or its encoding may lack a character:
+    nothing is raised, and nothing stays in a buffer. With patience (seconds), a stream that takes
+    nothing is waited for that long. Return False if something was dropped.
     """
-    words = "".join([character if character.isprintable() else ascii(character)[1:-1] for character in words])
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        terminal = stream.isatty()
-        if terminal or end:
-            os.write(stream.fileno(), ("\r\033[K" * terminal + words + end).encode(stream.encoding, "backslashreplace"))
+        data = text.encode(stream.encoding, "backslashreplace")
+        while data:
+            written = write_without_waiting(stream.fileno(), data, patience)
+            if not written:
+                return False
+            data = data[written:]
+        return True
+    return False
+
+
+def write_without_waiting(fd, data, patience):
+    """Write the beginning of data to fd once it takes something; return how many bytes, 0 when it
+    took nothing for patience seconds. Raise OSError."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.write(fd, data)
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if not poll.poll(patience * 1000):
+        return 0
+    # What is ready may have less room than data needs, and would wait for the rest. A descriptor
+    # of its own can refuse to wait without changing the one that other programs share.
+    own = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        own_fd = os.open(f"/dev/fd/{fd}", own)
+    except OSError:  # a socket, or somebody else's pipe: when it is ready, it takes so much
+        return os.write(fd, data[:512])
+    try:
+        return os.write(own_fd, data)
+    except BlockingIOError:
+        return 0
+    finally:
+        os.close(own_fd)
+
+
+def printable(words):
+    """Return words with a backslash escape for what a terminal could obey or not show."""
+    escaped = []
+    for character in words:
+        if not character.isprintable():
+            character = ascii(character)[1:-1]
+        escaped.append(character)
+    return "".join(escaped)
+
+
+def is_terminal(stream):
+    """Tell whether stream is a terminal; a closed one is not."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return stream.isatty()
+    return False
+
+
+def write_line(stream, words, patience=0.0):
+    """Write a line; on a terminal it takes the place of the progress."""
+    line = printable(words) + "\n"
+    if is_terminal(stream):
+        line = "\r\033[K" + line
+    return write(stream, line, patience)
 
 
 def say(words):
     """Print a line to stdout."""
-    write(sys.stdout, words)
+    write_line(sys.stdout, words)
 
 
 def warn(words):
     """Print a line to stderr."""
-    write(sys.stderr, words)
+    write_line(sys.stderr, words)
+
+
+def show_progress(words):
+    """Show words on stderr, if that is a terminal, in one line that the next output replaces."""
+    if is_terminal(sys.stderr):
+        width = 80
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or width
+        write(sys.stderr, "\r\033[K" + printable(words)[: width - 1])
 
 
 class Troubles:
-    """What is wrong at present: each subject is named on stderr once when its trouble begins and once when it ends."""
+    """What is wrong at present: each subject is named on stderr once when its trouble begins and
+    once when it ends. Several threads may use it."""
 
     def __init__(self):
-        self._subjects = {}
+        self._subjects = set()
+        self._lock = threading.Lock()  # guards _subjects; nothing is printed under it
+
+    def __contains__(self, subject):
+        return subject in self._subjects
 
     def begin(self, subject, words):
         """Say what is wrong with subject, unless that is known."""
-        begun = object()
-        if self._subjects.setdefault(subject, begun) is begun:  # atomic: of several threads of server.py, one says it
+        with self._lock:
+            known = subject in self._subjects
+            self._subjects.add(subject)
+        if not known:
             warn(f"{subject}: {words}")
 
     def end(self, subject, words):
         """Say that nothing is wrong with subject any more, if something was."""
-        if self._subjects.pop(subject, None):
+        with self._lock:
+            known = subject in self._subjects
+            self._subjects.discard(subject)
+        if known:
             warn(f"{subject}: {words}")
 
 
-# ---- An event -------------------------------------------------------------------------------------------------------
+# ---- An event
 
-# The grammar: an event as everyone prints it, with these fields in this order, without escapes, and with one space or
-# none behind ":" and ",". A line outside of it is not wrong yet: decode_event and amount_of decide, and say why.
-# (Possessive quantifiers like *+ give nothing back, so that hostile input takes linear time.)
-EVENT = (rb'\{"userId": ?"([^"\\\x00-\x1f]{1,255}+)", ?"name": ?"(add|subtract)_revenue", ?'
-         rb'"value": ?(-?(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?)')
-STAMP = rb', "producerId": "([A-Za-z0-9_-]{1,64}+)", "sequence": ([1-9][0-9]{0,14}+)'
-PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % EVENT)
-LOG_LINE = re.compile(rb"(?:%b(?:%b)?\}|([^\n]*+))\n" % (EVENT, STAMP))  # a row; its last group holds any other line
-
-STAMP_AT_END = re.compile(rb'(?:, "log": "[0-9a-f]+")?, "producerId": "[^"]+", "sequence": [0-9]+\}$')
-JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')  # also an unterminated one, so that it is found in linear time
+# The grammar: an event as everyone prints it, with these fields in this order, without escapes,
+# and with one space or none behind ":" and ",". A line outside of it is not wrong yet:
+# decode_event and amount_of decide, and say why. (Possessive quantifiers like *+ give nothing
+# back, so that hostile input takes linear time.)
+EVENT = (
+    rb'\{"userId": ?"([^"\\\x00-\x1f]{1,255}+)", ?"name": ?"(add|subtract)_revenue", ?'
+    rb'"value": ?(-?(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?)'
+)
+STAMP_AT_END = re.compile(
+    rb'(?:, "log": "[0-9a-f]+")?, "producerId": "[^"]+", "sequence": [0-9]+\}$'
+)
+# A string, also an unterminated one, so that it is found in linear time.
+JSON_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.)*+"?')
+BRACKET = re.compile("[][{}]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
-NO_ID = ("an event without producerId and sequence, in a log that was changed since it was read: whether it was "
-         "counted cannot be known (move the file aside, and send what is new in it with python client.py FILE)")
+BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 def is_utf8(data):
     """Tell whether data is strict UTF-8."""
     return data.isascii() or data.decode(errors="ignore").encode() == data
+
+
+def check(condition, rule):
+    """Raise ValueError, which names the rule, unless condition holds."""
+    if not condition:
+        raise ValueError(rule)
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no JSON number")
+
+
+_decode_json = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant).decode
+
+
+def decode_event(line):
+    """Return the JSON object in line (bytes, with or without a stamp) as a dict with numbers as
+    int or Decimal, or raise ValueError with the rule that it breaks."""
+    if len(line) > MAX_EVENT_BYTES:
+        without_stamp = STAMP_AT_END.sub(b"}", line)
+        check(len(without_stamp) <= MAX_EVENT_BYTES, "an event must be at most 64 KiB long")
+    utf16 = b"\0" in line[:2]
+    check(
+        not utf16 and not line.startswith(BYTE_ORDER_MARKS),
+        "an event must be UTF-8 without a byte order mark (BOM), and not UTF-16",
+    )
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"an event must be UTF-8; byte {error.start} of it is not") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        check(
+            depth(text) <= MAX_DEPTH,
+            f"an event must be nested at most {MAX_DEPTH} levels deep",
+        )
+    try:
+        event = _decode_json(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, ArithmeticError):
+        raise ValueError("a number is out of range, NaN or Infinity") from None
+    check(type(event) is dict, "an event must be a JSON object")
+    return event
+
+
+def depth(text):
+    """Return how deep the brackets of a JSON text are nested."""
+    deepest = 0
+    level = 0
+    for bracket in BRACKET.findall(JSON_STRING.sub("", text)):
+        if bracket in "[{":
+            level += 1
+            deepest = max(deepest, level)
+        else:
+            level -= 1
+    return deepest
+
+
+def amount_of(event):
+    """Return what the decoded event adds to its user's revenue, an exact Decimal, or raise
+    ValueError with the rule that it breaks."""
+    user = event.get("userId")
+    check(
+        type(user) is str
+        and 1 <= len(user) <= 255
+        and "\0" not in user
+        and not SURROGATE.search(user),
+        "userId must be a string of 1 to 255 characters, without NUL or a lone surrogate",
+    )
+    value = event.get("value")
+    check(type(value) in (int, Decimal), "value must be a number")
+    value = Decimal(value)
+    # As it is written: 0e18 is zero, but is written with 19 digits.
+    check(
+        value.adjusted() < VALUE_DIGITS,
+        "value must be a number below 10^18, written with at most 18 digits before the point",
+    )
+    check(
+        value.as_tuple().exponent >= -VALUE_DIGITS,
+        "value must have at most 18 decimal places",
+    )
+    name = event.get("name")
+    check(
+        name in ("add_revenue", "subtract_revenue"),
+        "name must be add_revenue or subtract_revenue",
+    )
+    if name == "add_revenue":
+        return value
+    return value.copy_negate()  # unary minus would round to 28 digits here, outside of EXACT
+
+
+def check_id(producer, sequence):
+    """Raise ValueError unless producer and sequence make an event id."""
+    check(
+        type(producer) is str and PRODUCER_ID.fullmatch(producer),
+        "producerId must be 1 to 64 of A-Z, a-z, 0-9, _ and -",
+    )
+    check(
+        type(sequence) is int and 1 <= sequence <= MAX_SEQUENCE,
+        "sequence must be an integer from 1 to 2^53 - 1",
+    )
+
+
+def check_reserved(event):
+    """Raise ValueError if the decoded event has a field that the server adds."""
+    for field in ("producerId", "sequence", "log"):
+        check(
+            field not in event,
+            f"{field} belongs to the server; headers give event ids: Producer-Id and Sequence",
+        )
+
+
+# ---- The file of a log
+
+
+def usable_cores():
+    """Return on how many cores this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def open_regular(path, flags, mode=0o640):
+    """Return a descriptor of the regular file at path, or raise OSError, also if it is anything
+    else."""
+    # O_NONBLOCK: a named pipe would wait for a writer.
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "is not a regular file; name one that is", path)
+
+
+def sync_file(fd):
+    """Return when the file's data is on the disk, or raise OSError."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
+    else:
+        os.fdatasync(fd)
+
+
+def leads_to(path, fd):
+    """Tell whether path still leads to the open file fd, which was neither renamed nor removed."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
+
+
+def lock_log(path, fd, operation, seconds=LOCK_SECONDS):
+    """Lock the log that was opened as fd from path (operation is LOCK_SH or LOCK_EX of fcntl).
+
+    Return True when it is locked, and False when somebody else holds the lock of a file that path
+    no longer leads to: that may last for ever. Raise OSError when the lock was not to be had
+    within seconds.
+    """
+    deadline = time.monotonic() + seconds
+    pause = 0.0002  # a server's writer holds the lock for about so long
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, operation | fcntl.LOCK_NB)
+            return True
+        if not leads_to(path, fd):
+            return False
+        if time.monotonic() >= deadline:
+            words = f"another program holds its lock for more than {LOCK_SECONDS} seconds"
+            raise OSError(errno.EAGAIN, f"{words} (lsof shows which)", path)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def is_log(fd):
+    """Tell whether the open file may be a log: it is empty, its first line is an event, or it has
+    no whole line yet and begins as a torn first line does. Anything else is somebody's file."""
+    beginning = os.pread(fd, BLOCK_BYTES, 0)
+    line, newline, _ = beginning.partition(b"\n")
+    if newline:
+        with contextlib.suppress(ValueError):
+            decode_log_line(line)
+            return True
+        return False
+    return beginning[:1] in (b"", b"{", b"\0")
+
+
+def end_of_events(fd, size):
+    """Return the offset where the events in the first size bytes of a log end: after the last LF
+    or, if what follows is a whole event that lacks only its LF, size."""
+    end = end_of_lines(fd, size)
+    rest = os.pread(fd, min(size - end, BLOCK_BYTES), end)
+    if rest:
+        with contextlib.suppress(ValueError):
+            decode_log_line(rest)
+            return size
+    return end
+
+
+def end_of_lines(fd, size):
+    """Return the offset after the last LF in the first size bytes of a file, 0 without one."""
+    end = size
+    while end > 0:
+        start = max(0, end - BLOCK_BYTES)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+class LogLine(NamedTuple):
+    """A line of a log that is an event, as LOG_LINE finds it. Each field is bytes."""
+
+    user: bytes  # as JSON writes it, without the quotes
+    kind: bytes  # add or subtract
+    amount: bytes
+    producer: bytes  # b"" for an event without an id, as is sequence
+    sequence: bytes
+    other: bytes  # any other line; then the fields before are b""
+
+
+def decode_log_line(line):
+    """Return a line of a log as a LogLine, or raise ValueError if it is no event."""
+    event = decode_event(line)
+    amount = str(amount_of(event)).encode()
+    # A plain user id is written as it is.
+    user = json.dumps(event["userId"], ensure_ascii=False)[1:-1].encode()
+    producer = event.get("producerId")
+    sequence = event.get("sequence")
+    if sequence is None:
+        check_reserved(event)
+        return LogLine(user, b"add", amount, b"", b"", b"")
+    check_id(producer, sequence)
+    return LogLine(user, b"add", amount, producer.encode(), b"%d" % sequence, b"")
+
+
+# ---- The connection to PostgreSQL
+
+# The status of a psycopg2 connection that is being made, which psycopg2 does not export.
+CONNECTING = 20
+
+
+def connect(**parameters):
+    """Return a psycopg2 connection to the database that the environment names.
+
+    parameters are libpq's, for what the environment does not say; async_=True gives an
+    asynchronous connection. Raise Failure when DATABASE_URL makes no sense, or
+    psycopg2.OperationalError.
+    """
+    url = os.environ.get("DATABASE_URL", "")
+    names_database = bool(url)
+    for variable in ("PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"):
+        names_database = names_database or bool(os.environ.get(variable))
+    # A host that vanished is noticed after a minute; by default it takes two hours.
+    chosen = {
+        "fallback_application_name": os.path.basename(sys.argv[0]),
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": int(1000 * IDLE_SECONDS),
+    }
+    if not names_database:
+        chosen.update(host="localhost", dbname="postgres", user="postgres")
+        passwords = os.environ.get("PGPASSFILE") or os.path.expanduser("~/.pgpass")
+        if not os.environ.get("PGPASSWORD") and not os.path.exists(passwords):
+            chosen["password"] = "password1!"
+    chosen.update(parameters)
+    if os.environ.get("PGCONNECT_TIMEOUT"):
+        chosen.pop("connect_timeout", None)
+    chosen.update(parse_database_url(url))
+    chosen["client_encoding"] = "UTF8"
+    return psycopg2.connect(**chosen)
+
+
+def parse_database_url(url):
+    """Return the parts of DATABASE_URL, or raise Failure, without quoting any of it: where a URL
+    is malformed, any part of it may be a part of the password."""
+    with contextlib.suppress(psycopg2.ProgrammingError):
+        parts = psycopg2.extensions.parse_dsn(url)
+        is_url = "://" in url
+        one_at = re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
+        ports = re.fullmatch("[0-9,]*", parts.get("port", ""))
+        if ports and (one_at or not is_url):
+            return parts
+    raise Failure(
+        "DATABASE_URL is malformed. It must look like postgresql://user:password@host:5432/"
+        "database, with each / @ : % in the password percent-encoded (%2F %40 %3A %25)."
+    )
+
+
+def wait_for(connection, deadline):
+    """Return when the asynchronous connection has done what it was told; raise TimeoutError at
+    the deadline (in seconds of time.monotonic), or psycopg2.Error."""
+    while True:
+        try:
+            state = connection.poll()
+        except psycopg2.OperationalError as error:
+            if connection.status == CONNECTING:
+                raise with_first_address(connection, error) from error
+            raise
+        if state == psycopg2.extensions.POLL_OK:
+            return
+        wanted = select.POLLIN
+        if state == psycopg2.extensions.POLL_WRITE:
+            wanted = select.POLLOUT
+        poll = select.poll()
+        poll.register(connection.fileno(), wanted)
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(1000 * left):
+            raise TimeoutError
+
+
+def with_first_address(connection, error):
+    """Return the error of a connection that could not be made, with the address that was tried
+    first: libpq names each address, but forgets the first one when psycopg2 is asynchronous."""
+    words = str(error)
+    if not words.startswith(("connection to server", "could not translate")):
+        parameters = connection.info.dsn_parameters
+        host = parameters.get("host", "")
+        port = parameters.get("port", "")
+        words = f'connection to server at "{host}", port {port} failed: {words}'
+    return psycopg2.OperationalError(words)
+
+
+def sentence(error):
+    """Return what an exception says is wrong, in one line without a full stop."""
+    lines = (getattr(error, "strerror", None) or str(error)).splitlines()
+    if isinstance(error, psycopg2.Error):
+        diagnosis = error.diag
+        if diagnosis.message_primary:
+            lines = [diagnosis.message_primary, diagnosis.message_detail or ""]
+        else:
+            # libpq's own words: a line for each address that it tried, and indented advice.
+            lines = [line for line in lines if not line.startswith("\t")]
+    sentences = []
+    for line in lines:
+        words = " ".join(line.split()).rstrip(".")
+        if words:
+            sentences.append(words)
+    return "; ".join(sentences) or type(error).__name__
+
+
+# ---- Reading a log ------------------------------------------------------------------------
+
+STAMP = rb', "producerId": "([A-Za-z0-9_-]{1,64}+)", "sequence": ([1-9][0-9]{0,14}+)'
+# The groups of a line are the fields of LogLine.
+LOG_LINE = re.compile(rb"(?:%b(?:%b)?\}|([^\n]*+))\n" % (EVENT, STAMP))
+
+DECOMPRESSORS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+COMPRESSED = (*DECOMPRESSORS, ".zst", ".lz4", ".lzo", ".lzma", ".br", ".z", ".zip", ".7z")
+
+
+def is_compressed(path):
+    """Tell whether a file's name says that it is compressed."""
+    return path.lower().endswith(COMPRESSED)
+
+
+def decompress(path, file):
+    """Return a temporary file with what the open compressed file holds, or raise OSError."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in DECOMPRESSORS:
+        words = f"cannot be read: decompress it first ({suffix} is not among "
+        raise OSError(errno.EINVAL, words + f"{', '.join(DECOMPRESSORS)})", path)
+    opener = importlib.import_module(DECOMPRESSORS[suffix]).open
+    with contextlib.ExitStack() as on_failure:
+        unpacked = on_failure.enter_context(temporary_file())
+        file.seek(0)
+        with opener(file) as content:
+            while block := read_compressed(path, content):
+                try:
+                    unpacked.write(block)
+                except OSError as error:
+                    raise no_temporary_file(error) from error
+        on_failure.pop_all()
+    return unpacked
+
+
+def read_compressed(path, content):
+    """Return the next bytes of the opened compressed file, or raise OSError."""
+    try:
+        return content.read(BLOCK_BYTES)
+    except Exception as error:  # each of the modules raises others
+        if getattr(error, "errno", None):
+            raise
+        words = str(error) or type(error).__name__
+        raise OSError(errno.EINVAL, f"cannot be decompressed: {words}", path) from error
+
+
+def temporary_file():
+    """Return an unbuffered temporary file without a name, or raise OSError."""
+    try:
+        return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        raise no_temporary_file(error) from error
+
+
+def no_temporary_file(error):
+    """Return an OSError that names the temporary directory, not the log that needs it."""
+    words = f"{sentence(error)}: no room for a temporary file (TMPDIR names another directory)"
+    return OSError(error.errno, words, tempfile.gettempdir())
+
+
+class Block(NamedTuple):
+    """Whole lines of a log."""
+
+    start: int  # the offset of the first line
+    lines: bytes  # each with its LF
+    end: int  # the offset after the last line
+
+
+class LogReader:
+    """A log that is open for reading.
+
+    path        the name by which it was opened
+    file        the file on the disk
+    content     what is read: that file or, for a compressed log, a temporary one
+    end         the offset where its events end; this and the next two are set by find_end
+    unfinished  how many bytes follow that are no whole line
+    log_id      the SHA-256 of the first line, None without one
+    """
+
+    def __init__(self, path):
+        """Open the log at path, or raise OSError."""
+        self.path = path
+        self.file = open(open_regular(path, os.O_RDONLY), "rb", buffering=0)
+        self.content = self.file
+        self.end = 0
+        self.unfinished = 0
+        self.log_id = None
+        self._synced = 0
+
+    def close(self):
+        """Close the log."""
+        self.content.close()
+        self.file.close()
+
+    def find_end(self, seconds=LOCK_SECONDS):
+        """Set end, unfinished and log_id; decompress the log first, if its name says so.
+
+        It is done under the log's lock, when no server is in the midst of a write, which it could
+        still take back. Return False if the path does not lead to this file any more and somebody
+        holds its lock. Raise OSError if the lock was not to be had within seconds.
+        """
+        if is_compressed(self.path):
+            content = decompress(self.path, self.file)
+            if self.content is not self.file:
+                self.content.close()
+            self.content = content
+        fd = self.content.fileno()
+        if not lock_log(self.path, fd, fcntl.LOCK_SH, seconds):
+            return False
+        try:
+            size = os.fstat(fd).st_size
+            self.end = end_of_events(fd, size)
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        self.unfinished = size - self.end
+        if self.end:
+            beginning = self.read(0, min(BLOCK_BYTES, self.end))
+            first_line = beginning.partition(b"\n")[0]
+            self.log_id = hashlib.sha256(first_line + b"\n").digest()
+        return True
+
+    def sync(self):
+        """Make what was read durable before it is counted: a power cut could put other lines in
+        its place. A file system that has no sync has not failed. Raise SyncFailed."""
+        if self._synced == self.end:
+            return
+        try:
+            sync_file(self.file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+                raise SyncFailed(f"{self.path}: a sync failed ({error.strerror}), so it is not "
+                                 "counted. Look at the disk before you run this again.") from error
+        self._synced = self.end
+
+    def read(self, offset, length):
+        """Return length bytes at offset, fewer only at the end of the file."""
+        try:
+            return os.pread(self.content.fileno(), length, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
+
+    def digest(self, position):
+        """Return the SHA-256 of the up to DIGEST_BYTES before position, None if the log is shorter
+        than that."""
+        start = max(0, position - DIGEST_BYTES)
+        data = self.read(start, position - start)
+        if len(data) < position - start:
+            return None
+        return hashlib.sha256(data).digest()
+
+    def slices(self, start, size):
+        """Return pairs of offsets that cut about size bytes from start on into whole lines: one
+        for each core, or one alone when there is little to read."""
+        size = min(self.end - start, size)
+        count = max(1, min(usable_cores(), size // SLICE_BYTES))
+        cuts = [start]
+        for number in range(1, count + 1):
+            cuts.append(self.next_line(start + size * number // count))
+        return [(low, high) for low, high in itertools.pairwise(cuts) if low < high]
+
+    def next_line(self, offset):
+        """Return the offset itself if a line begins there, else where the next one begins, or
+        end."""
+        while offset < self.end:
+            data = self.read(offset - 1, BLOCK_BYTES)
+            newline = data.find(b"\n")
+            if newline >= 0:
+                return min(offset + newline, self.end)
+            if not data:
+                break  # the file was truncated
+            offset += len(data)
+        return self.end
+
+    def blocks(self, start, end):
+        """Yield the lines from start up to end as Blocks; they end early where the file was
+        truncated.
+
+        Of a line longer than a block only the beginning is yielded, with "..." behind it: it is
+        too long for an event in any case.
+        """
+        while start < end:
+            data = self.read(start, min(BLOCK_BYTES, end - start))
+            if not data:
+                return
+            block = self._whole_lines(start, data)
+            yield block
+            start = block.end
+
+    def _whole_lines(self, start, data):
+        end = start + len(data)
+        newline = data.rfind(b"\n")
+        if end == self.end and newline < len(data) - 1:
+            return Block(start, data + b"\n", end)  # the last event of the log lacks it
+        if newline >= 0:
+            return Block(start, data[: newline + 1], start + newline + 1)
+        return Block(start, data + b"...\n", self.next_line(end))
+
+
+class SyncFailed(Exception):
+    """A log could not be synced. The run ends: a second sync could lie."""
+
+
+# ---- The tally of a slice -----------------------------------------------------------------
+
+NO_ID = (
+    "an event without producerId and sequence, in a log that was changed since it was read: "
+    "whether it was counted cannot be known (rename the file to a name that is no log's, and "
+    "send what is new in it with python client.py FILE)"
+)
+# What happens to an event without an id, which only the recorded position guards: it counts; or
+# it is rejected, because the position does not match; or it is passed over, because it matches
+# and stands behind the event.
+COUNT = "count"
+REJECT = "reject"
+PASS_OVER = "pass over"
+
+
+class Slice(NamedTuple):
+    """What a child process is told to tally."""
+
+    start: int  # offset in the log
+    end: int
+    without_id: str  # COUNT, REJECT or PASS_OVER
+    kept_bytes: int  # about so much may be kept of it
+
+
+class Span(NamedTuple):
+    """Lines of a slice that follow each other, whose event ids do so, too."""
+
+    producer: str  # "" for events without an id
+    first: int  # the sequence of the first line
+    end: int  # the sequence after that of the last line
+    line: int  # the number of the first line in its slice, from 0
+
+
+class Rejected(NamedTuple):
+    """A line that is no event, or one that may not be counted."""
+
+    offset: int
+    reason: str
+
+
+class Tally(NamedTuple):
+    """What a slice holds, up to where it took too long or too much memory."""
+
+    part: Slice
+    end: int  # the offset after the last line
+    lines: int
+    events: int
+    without_id: int  # how many events were rejected because they have no id
+    spans: list
+    rejected: list
+    sums: bytes  # {user: amount} as a JSON text
+
+
+class BlockRows(NamedTuple):
+    """The lines of a block that are events."""
+
+    numbers: list  # of these lines in the block, from 0
+    rows: list  # tuples with the fields of LogLine
+    rejected: list
+    without_id: int
+
+
+def tally_slice(log, part, marks=None):
+    """Return the Tally of a Slice of log; raise OSError.
+
+    With marks, a byte for each line of the slice, its sums hold only the events whose line is
+    marked with 1; all else is of the whole slice.
+    """
+    deadline = time.monotonic() + CHUNK_SECONDS
+    sums = {}
+    spans = []
+    rejected = []
+    end = part.start
+    lines = events = without_id = user_bytes = 0
+    for block in log.blocks(part.start, part.end):
+        found = read_rows(block, part.without_id)
+        add_spans(spans, found, lines)
+        known_users = len(sums)
+        add_amounts(sums, marked_rows(found, marks, lines))
+        # A dict keeps its order: the new users are its last ones.
+        new_users = itertools.islice(reversed(sums), len(sums) - known_users)
+        user_bytes += sum(map(len, new_users))
+        rejected += found.rejected
+        without_id += found.without_id
+        events += len(found.rows)
+        lines += block.lines.count(b"\n")
+        end = block.end
+        entries = len(spans) + len(rejected)
+        kept_bytes = user_bytes + SUM_BYTES * len(sums) + SPAN_BYTES * entries
+        if marks is None and (kept_bytes > part.kept_bytes or time.monotonic() > deadline):
+            break
+    text = sums_as_json(sums)
+    return Tally(part, end, lines, events, without_id, spans, rejected, text)
+
+
+def read_rows(block, without_id):
+    """Return the BlockRows of a Block. A blank line is no event and no error."""
+    if is_utf8(block.lines):
+        rows = LOG_LINE.findall(block.lines)
+    else:
+        lines = block.lines.split(b"\n")[:-1]
+        rows = [LogLine(b"", b"", b"", b"", b"", line) for line in lines]
+    if without_id == COUNT:
+        plain = all([user for user, _, _, _, _, _ in rows])
+    else:
+        plain = all([producer for _, _, _, producer, _, _ in rows])
+    if plain:
+        return BlockRows(range(len(rows)), rows, [], 0)
+    return read_odd_rows(block, rows, without_id)
+
+
+def read_odd_rows(block, rows, without_id):
+    """Return the BlockRows of a Block in which not every line is as everyone prints it."""
+    found = BlockRows([], [], [], 0)
+    refused = 0
+    offset = block.start
+    lines = block.lines.split(b"\n")
+    for number, (line, row) in enumerate(zip(lines, rows)):
+        try:
+            row = LogLine._make(row)
+            if row.other.strip():
+                row = decode_log_line(row.other)
+            if row.producer or (row.user and without_id == COUNT):
+                found.numbers.append(number)
+                found.rows.append(row)
+            elif row.user and without_id == REJECT:
+                refused += 1
+                found.rejected.append(Rejected(offset, NO_ID))
+        except ValueError as error:  # only its words are kept: it drags its frames along
+            found.rejected.append(Rejected(offset, str(error)))
+        offset += len(line) + 1
+    return found._replace(without_id=refused)
+
+
+def add_spans(spans, found, lines):
+    """Add the event ids of found, the BlockRows that follow so many lines of a slice, to spans.
+
+    An event without an id takes the number of its line for a sequence.
+    """
+    producer = None  # of the span that is being extended, as are the next three
+    first = 0
+    end = 0
+    line = 0
+    for number, (_, _, _, row_producer, row_sequence, _) in zip(found.numbers, found.rows):
+        if row_producer:
+            sequence = int(row_sequence)
+        else:
+            sequence = lines + number
+        if row_producer == producer and sequence == end and number - line == end - first:
+            end += 1
+            continue
+        if producer is not None:
+            spans.append(Span(producer.decode(), first, end, lines + line))
+        producer = row_producer
+        first = sequence
+        end = sequence + 1
+        line = number
+    if producer is not None:
+        spans.append(Span(producer.decode(), first, end, lines + line))
+
+
+def marked_rows(found, marks, lines):
+    """Return the rows of found, the BlockRows that follow so many lines of a slice, that are
+    marked; all of them without marks."""
+    if marks is None:
+        return found.rows
+    rows = []
+    for number, row in zip(found.numbers, found.rows):
+        if marks[lines + number]:
+            rows.append(row)
+    return rows
+
+
+def add_amounts(sums, rows):
+    """Add the amounts of rows exactly to sums, {user as JSON writes it: amount}."""
+    texts = [amount for _, _, amount, _, _, _ in rows]
+    try:
+        amounts = list(map(int, texts))
+    except ValueError:
+        amounts = [Decimal(text.decode()) for text in texts]
+    with decimal.localcontext(EXACT):
+        for (user, kind, _, _, _, _), amount in zip(rows, amounts):
+            if kind == b"add":
+                sums[user] = sums.get(user, 0) + amount
+            else:
+                sums[user] = sums.get(user, 0) - amount
+
+
+def sums_as_json(sums):
+    """Return sums as a JSON text."""
+    members = [b'"%b":%b' % (user, str(amount).encode()) for user, amount in sums.items()]
+    return b"{%b}" % b",".join(members)
+
+
+# ---- Child processes
+
+class ChildDied(Failure):
+    """A child process ended or stood still before it gave its result."""
+
+
+class TallyProcess:
+    """A child process that makes one Tally and sends it back. (The idle workers of a pool outlive
+    a parent that is killed; this one ends at its next write.)"""
+
+    def __init__(self, log, part, marks=None):
+        """Start it, or raise ChildDied if there is no room for another process."""
+        self._path = log.path
+        try:
+            self._reading_end, writing_end = os.pipe()
+        except OSError as error:
+            raise ChildDied(f"No pipe to a child process: {error.strerror}.") from error
+        try:
+            job = (log, part, marks, writing_end)
+            fork = multiprocessing.get_context("fork")
+            self._child = fork.Process(target=send_tally, args=job, daemon=True)
+            self._child.start()
+        except OSError as error:
+            os.close(self._reading_end)
+            raise ChildDied(f"No child process can start: {error.strerror}.") from error
+        finally:
+            os.close(writing_end)  # so that the child's end is the only one, and its death is seen
+
+    def receive(self):
+        """Return the Tally, or raise ChildDied, or what the child has raised, such as OSError."""
+        parts = []
+        poll = select.poll()
+        poll.register(self._reading_end, select.POLLIN)
+        while True:
+            if not poll.poll(1000 * CHILD_SECONDS):
+                raise ChildDied(
+                    f"A process that reads {self._path} stood still for {CHILD_SECONDS} seconds."
+                )
+            data = os.read(self._reading_end, 1024 * 1024)
+            if not data:
+                break
+            parts.append(data)
+        try:
+            result = pickle.loads(b"".join(parts))
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise ChildDied(
+                f"A process that read {self._path} ended too early: out of memory, or killed."
+            ) from error
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self):
+        """End the child."""
+        os.close(self._reading_end)
+        self._child.kill()
+        self._child.join()
+
+
+def send_tally(log, part, marks, writing_end):
+    """Be the child: write the Tally of a Slice, or the exception that it raised, to a pipe."""
+    close_all_but({log.content.fileno(), writing_end})
+    try:
+        result = tally_slice(log, part, marks)
+    except Exception as error:
+        result = error
+    with contextlib.suppress(BrokenPipeError, MemoryError):  # the parent was killed, or sees it
+        with open(writing_end, "wb") as pipe:
+            pickle.dump(result, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def close_all_but(kept):
+    """Close every descriptor but kept. A stopped child must not keep a dead parent's connection
+    to PostgreSQL open, nor a pipe that somebody reads to its end."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nowhere, standard)
+    for name in os.listdir("/dev/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):  # it was the descriptor of this listing
+                os.close(fd)
+
+
+def tally_all(log, jobs):
+    """Return the Tally of each (Slice, marks) of jobs, made by a process each, at the same time."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for part, marks in jobs:
+            process = TallyProcess(log, part, marks)
+            stack.callback(process.close)
+            processes.append(process)
+        return [process.receive() for process in processes]
+
+
+# ---- Exactly once -------------------------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """How far a run has read a log, for when its recorded position cannot be used."""
+
+    end: int = 0
+    without_id: int = 0  # how many events without an id were rejected so far
+
+
+class Chunk(NamedTuple):
+    """What came of a chunk."""
+
+    start: int
+    end: int
+    position: int  # that is recorded now
+    applied: int
+    repeated: int
+    without_id: int  # how many of the rejected lines are events without an id
+    rejected: list
+
+
+def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
+    """Apply the next chunk of log, of about size bytes, in the caller's transaction, which commits
+    all of it or nothing; return a Chunk. Raise OSError, Failure or psycopg2.Error.
+
+    It starts at the recorded position if the bytes before that are unchanged. Otherwise (a copy,
+    a cut, a restored backup), or with from_start, the log is being read from byte 0, and the
+    chunk starts where reading ended. The position never moves back, also when a shorter copy is
+    read. When the log was changed, it moves only at the log's end, and only if no event without
+    an id was rejected: then a log that is put right again is known again.
+    """
+    with locking("event_logs"):
+        sql.execute(
+            "INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id]
+        )
+        sql.execute(
+            "SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id]
+        )
+    position, digest = sql.fetchone()
+    unchanged = log.digest(position) == bytes(digest)
+    without_id = COUNT
+    start = reading.end
+    if not unchanged:
+        without_id = REJECT
+    elif from_start and reading.end < position:
+        without_id = PASS_OVER
+        size = min(size, position - reading.end)
+    else:
+        start = position
+    tallies = tally_chunk(log, start, size, without_id)
+    end = start
+    if tallies:
+        log.sync()
+        end = tallies[-1].end
+    applied = count_once(sql, log, tallies)
+    rejected = list(itertools.chain.from_iterable(tally.rejected for tally in tallies))
+    refused = sum(tally.without_id for tally in tallies)
+    read_whole = end >= log.end and reading.without_id + refused == 0
+    if end > position and (unchanged or read_whole):
+        position = end
+        record_position(sql, log, position)
+    repeated = sum(tally.events for tally in tallies) - applied
+    return Chunk(start, end, position, applied, repeated, refused, rejected)
+
+
+def record_position(sql, log, position):
+    """Record that log was read up to position; raise OSError if it is shorter by now."""
+    digest = log.digest(position)
+    if digest is None:
+        raise changed(log)
+    sql.execute(
+        "UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
+        [position, digest, log.log_id],
+    )
+
+
+def changed(log):
+    """Return the OSError of a log that somebody edits or cuts while it is read."""
+    return OSError(errno.ESTALE, "was changed while it was read; it is read again later", log.path)
+
+
+def tally_chunk(log, start, size, without_id):
+    """Return the tallies of the next chunk of log, of about size bytes from offset start on, one
+    after the other. What follows one that ended early belongs to the chunk after this one."""
+    cuts = log.slices(start, size)
+    jobs = []
+    for low, high in cuts:
+        part = Slice(low, high, without_id, KEPT_BYTES // len(cuts))
+        jobs.append((part, None))
+    tallies = []
+    end = start
+    for tally in tally_all(log, jobs):
+        if tally.part.start == end:
+            tallies.append(tally)
+            end = tally.end
+    return tallies
+
+
+def count_once(sql, log, tallies):
+    """Add to users_revenue every event of tallies whose id is not yet in event_producers, and its
+    id there, in the caller's transaction; return how many were added.
+
+    READ COMMITTED. Each producer's row exists before it is locked, and is locked before it is
+    read: of two processors that meet the same id, the second waits and then sees what the first
+    has committed. Producers, then users, are taken in the order of their bytes, so that two
+    processors cannot each wait for the other.
+    """
+    ids = ids_as_json(tallies)
+    with locking("event_producers"):
+        lock_producers(sql, ids)
+    new = add_ids(sql, ids)
+    marks = mark_lines(tallies, new)
+    sums = marked_sums(log, tallies, marks)
+    with locking("users_revenue"):
+        add_revenue(sql, sums)
+    return sum(lines.count(1) for lines in marks)
+
+
+def ids_as_json(tallies):
+    """Return {producer: its sequences in tallies as an int8multirange} as a JSON text."""
+    ranges = collections.defaultdict(list)
+    for tally in tallies:
+        for span in tally.spans:
+            if span.producer:
+                ranges[span.producer].append(f"[{span.first},{span.end})")
+    members = {producer: "{%s}" % ",".join(texts) for producer, texts in ranges.items()}
+    return json.dumps(members)
+
+
+def lock_producers(sql, ids):
+    """Lock the rows of the producers in ids; those that are missing are created first."""
+    sql.execute(
+        """
+        INSERT INTO event_producers (producer_id)
+        SELECT producer_id FROM json_object_keys(%s) AS producer_id
+        ORDER BY producer_id COLLATE "C"
+        ON CONFLICT DO NOTHING""",
+        [ids],
+    )
+    # It returns a number, because a processor that stands still while PostgreSQL sends it much
+    # would keep the locks for ever.
+    sql.execute(
+        """
+        SELECT count(*) FROM (
+            SELECT FROM event_producers
+            WHERE producer_id = ANY (ARRAY(SELECT json_object_keys(%s)))
+            ORDER BY producer_id COLLATE "C" FOR UPDATE
+        ) AS locked""",
+        [ids],
+    )
+
+
+class NewIds(NamedTuple):
+    """Consecutive event ids that were not applied before."""
+
+    producer: str
+    first: int
+    end: int  # the sequence after the last one
+
+
+def add_ids(sql, ids):
+    """Add ids to what was applied of their producers, and return the NewIds among them."""
+    # A cursor in PostgreSQL, so that few rows at a time are sent while the locks are held.
+    with sql.connection.cursor("new_ids") as cursor:
+        cursor.itersize = 500
+        cursor.execute(
+            """
+            SELECT producer_id, lower(span), upper(span)
+            FROM json_each_text(%s) AS chunk (producer_id, ranges)
+            JOIN event_producers USING (producer_id),
+                unnest(ranges::int8multirange - applied) AS span""",
+            [ids],
+        )
+        new = [NewIds._make(row) for row in cursor]
+    if new:
+        sql.execute(
+            """
+            UPDATE event_producers AS stored SET applied = applied + ranges::int8multirange
+            FROM json_each_text(%s) AS chunk (producer_id, ranges)
+            WHERE stored.producer_id = chunk.producer_id
+            AND NOT applied @> ranges::int8multirange""",
+            [ids],
+        )
+    return new
+
+
+def mark_lines(tallies, new):
+    """Return for each tally a byte for each of its lines: 1 for an event whose id is among new,
+    and for every event without an id. Of several lines with one id, one is marked.
+
+    Spans and new ids are both gone through in their order; a span takes what it has of the new
+    ids, and what reaches beyond its end is left for the next:
+
+        new ids  1..19
+        span A   ids 1..9 on the lines 0..8      takes 1..9: lines 0..8; 10..19 are left
+        span B   ids 5..19 on the lines 40..54   takes 10..19: lines 45..54
+
+    (A new id before the span at hand would lie in an earlier span, which has taken it.)
+    """
+    marks = [bytearray(tally.lines) for tally in tallies]
+    spans = []
+    for number, tally in enumerate(tallies):
+        for span in tally.spans:
+            if span.producer:
+                spans.append((span, number))
+            else:
+                mark(marks[number], span.line, span.line + span.end - span.first)
+    unclaimed = collections.deque(sorted(new))
+    for span, number in sorted(spans):
+        offset = span.line - span.first
+        while unclaimed:
+            ids = unclaimed[0]
+            if ids.producer != span.producer or ids.first >= span.end:
+                break
+            unclaimed.popleft()
+            end = ids.end
+            if end > span.end:
+                end = span.end
+                unclaimed.appendleft(NewIds(ids.producer, end, ids.end))
+            mark(marks[number], ids.first + offset, end + offset)
+    return marks
+
+
+def mark(lines, first, end):
+    """Set the bytes of lines from first to before end to 1."""
+    lines[first:end] = b"\1" * (end - first)
+
+
+def marked_sums(log, tallies, marks):
+    """Return JSON texts, {user: amount}, which together hold the amounts of the marked lines.
+
+    The sums of a tally hold all of its events. Where only some of them count, which is rare, the
+    slice is tallied once more, for these alone. Raise OSError if the log was changed meanwhile:
+    ids of one reading and amounts of another are never mixed.
+    """
+    sums = []
+    mixed = []
+    jobs = []
+    for tally, lines in zip(tallies, marks):
+        marked = lines.count(1)
+        if marked == tally.events:
+            sums.append(tally.sums)
+        elif marked:
+            mixed.append(tally)
+            jobs.append((tally.part._replace(end=tally.end), lines))
+    for tally, again in zip(mixed, tally_all(log, jobs)):
+        if again._replace(part=tally.part, sums=tally.sums) != tally:
+            raise changed(log)
+        sums.append(again.sums)
+    return sums
+
+
+def add_revenue(sql, sums):
+    """Add the amounts in sums, JSON texts as bytes, to users_revenue."""
+    # QuotedString takes the bytes of the children as they are. (PostgreSQL takes a text of 100,000
+    # sums in a fifth of the time that as many parameters take.)
+    texts = [psycopg2.extensions.QuotedString(text) for text in sums]
+    if not texts:
+        return
+    sql.execute(
+        """
+        INSERT INTO users_revenue AS stored (user_id, revenue)
+        SELECT user_id COLLATE "C", sum(amount::numeric)
+        FROM unnest(%s::json[]) AS sums, json_each_text(sums) AS new (user_id, amount)
+        GROUP BY 1 ORDER BY 1
+        ON CONFLICT (user_id)
+        DO UPDATE SET revenue = coalesce(stored.revenue, 0) + excluded.revenue""",
+        [texts],
+    )
+
+
+# ---- The database and its tables ----------------------------------------------------------
+
+
+class Locked(Failure):
+    """Somebody else holds a lock for longer than LOCK_SECONDS."""
+
+
+@contextlib.contextmanager
+def locking(table):
+    """Return a context for statements that wait for a lock on table or rows of it. It raises Locked
+    when that takes longer than LOCK_SECONDS."""
+    try:
+        yield
+    except psycopg2.errors.LockNotAvailable as error:
+        raise Locked(
+            f"{table} is locked by another transaction. This shows which: SELECT DISTINCT pid, "
+            "usename, state, xact_start, query FROM pg_locks JOIN pg_stat_activity USING (pid) "
+            "WHERE relation IN ('users_revenue'::regclass, 'event_producers'::regclass, "
+            "'event_logs'::regclass)"
+        ) from error
+
+
+class RecordedPosition(NamedTuple):
+    """How far a log was read, as the database knows it."""
+
+    position: int
+    digest: bytes  # of the bytes before the position
+
+
+class Database:
+    """The connection to PostgreSQL, and the only owner of transactions: nothing else commits."""
+
+    # What the catalogue says of the three tables, and whether they hold what was counted. It
+    # differs when one was altered, replaced, emptied, filled, or given another comment.
+    VERSION = """
+        WITH tables (oid) AS (
+            VALUES ('users_revenue'::regclass), ('event_producers'), ('event_logs')
+        ), versions AS (
+            SELECT 'table', tables.oid, pg_class.xmin
+            FROM pg_class JOIN tables ON pg_class.oid = tables.oid
+            UNION ALL
+            SELECT 'column ' || attnum, oid, pg_attribute.xmin
+            FROM pg_attribute JOIN tables ON attrelid = oid
+            UNION ALL
+            SELECT 'index', indexrelid, pg_index.xmin FROM pg_index JOIN tables ON indrelid = oid
+            UNION ALL
+            SELECT 'trigger', pg_trigger.oid, pg_trigger.xmin
+            FROM pg_trigger JOIN tables ON tgrelid = tables.oid
+            UNION ALL
+            SELECT 'rule', pg_rewrite.oid, pg_rewrite.xmin
+            FROM pg_rewrite JOIN tables ON ev_class = tables.oid
+            UNION ALL
+            SELECT 'heir', inhrelid, pg_inherits.xmin
+            FROM pg_inherits JOIN tables ON inhparent = oid
+            UNION ALL
+            SELECT 'comment ' || objsubid, objoid, pg_description.xmin
+            FROM pg_description JOIN tables ON objoid = oid
+            WHERE classoid = 'pg_class'::regclass
+        )
+        SELECT md5(string_agg(versions::text, ' ' ORDER BY versions::text)),
+            EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
+            EXISTS (SELECT FROM event_logs WHERE position > 0)
+        FROM versions"""
+    # Apart, because Citus takes no table that it distributes in a query of the catalogue.
+    HOLDS_USERS = "SELECT 1 FROM users_revenue LIMIT 1"
+
+    def __init__(self):
+        self.connection = None
+        self._checked = None  # what VERSION and HOLDS_USERS gave when create_table.sql agreed
+
+    def is_open(self):
+        """Tell whether there is a connection, as far as is known."""
+        return self.connection is not None and not self.connection.closed
+
+    def connect(self):
+        """Connect, and check that the tables fit. Raise Failure or psycopg2.Error."""
+        psycopg2.extensions.set_wait_callback(wait_for_statement)
+        self.connection = connect(connect_timeout=LOCK_SECONDS)
+        self.connection.set_session(isolation_level="READ COMMITTED")
+        with self.transaction() as sql, locking("One of the tables"):
+            run_create_table(sql)
+            self._checked = self._version(sql)
+
+    def close(self):
+        """Close the connection, if there is one."""
+        if self.connection is not None:
+            self.connection.close()
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """Return a context with the cursor of one transaction. It is committed or, when anything
+        is raised, rolled back; the first error is the one that is raised."""
+        try:
+            with self.connection.cursor() as sql:
+                sql.execute(
+                    "SET LOCAL idle_in_transaction_session_timeout = %s; "
+                    "SET LOCAL lock_timeout = %s",
+                    [f"{IDLE_SECONDS}s", f"{LOCK_SECONDS}s"],
+                )
+                yield sql
+            self.connection.commit()
+        except BaseException:
+            with contextlib.suppress(psycopg2.Error):
+                self.connection.rollback()
+            raise
+
+    @contextlib.contextmanager
+    def counting(self):
+        """Return a context with the cursor of a transaction that may change the tables.
+
+        Nobody can alter or empty them meanwhile. They are checked if anything about them has
+        changed, by others before or by this transaction: see create_table.sql.
+        """
+        with self.transaction() as sql:
+            for table in ("users_revenue", "event_producers", "event_logs"):
+                with locking(table):
+                    sql.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
+            self._check_tables(sql)
+            yield sql
+            self._check_tables(sql)
+
+    def recorded_positions(self):
+        """Return {log_id: RecordedPosition} of every log that the database knows."""
+        recorded = {}
+        with self.transaction() as sql, locking("event_logs"):
+            sql.execute("SELECT log_id, position, digest FROM event_logs")
+            for log_id, position, digest in sql:
+                recorded[bytes(log_id)] = RecordedPosition(position, bytes(digest))
+        return recorded
+
+    def _check_tables(self, sql):
+        if self._version(sql) != self._checked:
+            run_create_table(sql)
+            self._checked = self._version(sql)
+
+    def _version(self, sql):
+        sql.execute(self.VERSION)
+        version = sql.fetchone()
+        sql.execute(self.HOLDS_USERS)
+        return version, sql.rowcount
+
+
+def run_create_table(sql):
+    """Create the tables that are missing and check that all of them fit, or raise Failure."""
+    try:
+        with open(TABLES, encoding="utf-8") as file:
+            sql.execute(file.read())
+    except psycopg2.errors.RaiseException as error:
+        raise Failure(sentence(error)) from error  # it may end with a statement to be copied
+
+
+def wait_for_statement(connection):
+    """Wait until PostgreSQL has answered: psycopg2 calls this instead of waiting in libpq, where a
+    signal's handler would not run. Raise Failure after STATEMENT_SECONDS."""
+    try:
+        wait_for(connection, time.monotonic() + STATEMENT_SECONDS)
+    except TimeoutError:
+        raise Silent(f"PostgreSQL has not answered for {STATEMENT_SECONDS} seconds.") from None
+
+
+class Silent(Failure):
+    """PostgreSQL, or what lies between, stands still."""
+
+
+# ---- Applying logs ------------------------------------------------------------------------
+
+# What ends with a transaction or a connection, so that another attempt may succeed. The first
+# three may come from the size of a chunk.
+TOO_MUCH = (ChildDied, Silent, MemoryError)
+PASSING = (*TOO_MUCH, Locked, psycopg2.OperationalError, psycopg2.InterfaceError)
+# What PostgreSQL refuses because of one log's events: a CHECK, a foreign key, no partition for a
+# row, what a trigger raises, a number out of range.
+REFUSED = (psycopg2.IntegrityError, psycopg2.DataError, psycopg2.errors.RaiseException)
+
+
+def rotated_logs(path, list_directory):
+    """Return the paths of the files that rotation made of the log at path: its name, a dot or a
+    hyphen, a digit, ... list_directory returns the sorted names in a directory, or raises OSError.
+    """
+    directory, name = os.path.split(path)
+    names = list_directory(directory or ".")
+    # client.py leaves files with .delivery and .rejected in their names beside a rotated log.
+    rotated = re.compile(r"[.-][0-9](?!.*\.(?:delivery|rejected))", re.DOTALL)
+    found = []
+    for number in range(bisect.bisect_left(names, name), len(names)):
+        if not names[number].startswith(name):
+            break
+        sibling = os.path.join(directory, names[number])
+        if rotated.match(names[number], len(name)) and os.path.isfile(sibling):
+            found.append(sibling)
+    return found
+
+
+def sorted_names(directory):
+    """Return the sorted names in a directory, none without one, or raise OSError."""
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+class Applied(NamedTuple):
+    """A log that was applied to its end, or refused."""
+
+    version: tuple  # of the file then: its size and the time of its last change
+    log_id: bytes | None
+    position: int  # that was recorded; -1 for none
+    again_at: float  # when a refused log is tried again, in seconds of time.monotonic
+
+
+class Summary:
+    """What came of a log, and which of its rejected lines were named."""
+
+    def __init__(self):
+        self.applied = 0
+        self.repeated = 0
+        self.rejected = 0  # lines that were not said before
+
+
+class Applier:
+    """Applies logs, and remembers what it did.
+
+    database     the Database, or what stands for it
+    from_start   whether recorded positions are not used for a file that is read for the first time
+    read         identities of the files that were applied from their start for that reason
+    done         {identity of a file: Applied}; it ends with the connection: another database, or
+                 a restored one, may know less
+    recorded     {log_id: RecordedPosition} at the beginning of this look at the logs
+    told         {log_id: the offset up to which its rejected lines were said}
+    failed       whether a line was rejected, or a log could not be applied
+    troubles     what is wrong at present
+    chunk_bytes  the size of a chunk, smaller after failures
+    progress     whether events were applied since somebody last set it to False
+    """
+
+    def __init__(self, database, from_start=False):
+        self.database = database
+        self.from_start = from_start
+        self.read = set()
+        self.done = {}
+        self.recorded = {}
+        self.told = {}
+        self.failed = False
+        self.troubles = Troubles()
+        self.chunk_bytes = CHUNK_BYTES
+        self.progress = False
+
+    def prepare(self):
+        """Connect, if there is no connection, and forget what the database does not know, or not
+        any more. Raise Failure or psycopg2.Error."""
+        if not self.database.is_open():
+            self.done.clear()
+            self.database.connect()
+        self.recorded = self.database.recorded_positions()
+        for identity, applied in list(self.done.items()):
+            known = self.recorded.get(applied.log_id)
+            if applied.position >= 0 and (known is None or known.position < applied.position):
+                del self.done[identity]
+
+    def find_logs(self, paths):
+        """Return the paths of the logs, rotated ones before the one that they were renamed from.
+        A directory that cannot be listed is named."""
+        list_directory = functools.cache(sorted_names)  # once, however many logs are in it
+        found = []
+        named = frozenset(paths)
+        for path in paths:
+            siblings = []
+            try:
+                siblings += rotated_logs(path, list_directory)
+                if os.path.islink(path):
+                    siblings += rotated_logs(os.path.realpath(path), list_directory)
+            except OSError as error:
+                self.say_trouble(error.filename, error)
+            for sibling in siblings:
+                if not is_compressed(sibling):
+                    found.append(sibling)
+                elif sibling not in named:
+                    words = "is compressed and was not read; name it to read it."
+                    self.troubles.begin(sibling, words)
+            if os.path.lexists(path) or not siblings:
+                found.append(path)
+        return list(dict.fromkeys(found))
+
+    def open(self, path, named):
+        """Return a LogReader, or None if it cannot be opened: that is named, unless the path was
+        found beside a named one and has vanished meanwhile."""
+        try:
+            return LogReader(path)
+        except OSError as error:
+            if named or error.errno != errno.ENOENT:
+                self.say_trouble(path, error)
+            return None
+
+    def say_trouble(self, path, error):
+        """Name the log at path and the OSError that keeps it from being applied, once."""
+        self.failed = True
+        words = error.strerror
+        if error.filename not in (None, path):
+            words = f"{error.filename}: {words}"
+        if error.errno == errno.ENOENT:
+            words += "; start server.py in its directory, or name another log"
+        self.troubles.begin(path, f"{words}.")
+
+    def apply(self, log):
+        """Apply an open log from where the database knows it, and say what came of it.
+
+        Return whether it is done. It is not if it cannot be read, which is named, or if it was
+        renamed and somebody holds its lock. Raise Failure or psycopg2.Error when no log can be
+        applied.
+        """
+        identity = identity_of(log)
+        version = version_of(log)
+        lock_seconds = LOCK_SECONDS
+        if log.path in self.troubles:
+            lock_seconds = 0  # it may be the lock, which was waited for already
+        position = -1
+        again_at = float("inf")
+        try:
+            if not log.find_end(lock_seconds):
+                return False
+            position = self.apply_what_is_new(log)
+        except OSError as error:
+            self.say_trouble(log.path, error)
+            return False
+        except REFUSED as error:
+            self.failed = True
+            self.troubles.begin(log.path, f"PostgreSQL refused it: {sentence(error)}.")
+            again_at = time.monotonic() + MAX_BACKOFF_SECONDS
+        else:
+            self.troubles.end(log.path, "is read again.")
+        self.done[identity] = Applied(version, log.log_id, position, again_at)
+        return True
+
+    def apply_what_is_new(self, log):
+        """Apply an open log, whose end is known, and say what came of it; return its recorded
+        position, -1 for none."""
+        identity = identity_of(log)
+        from_start = self.from_start and identity not in self.read
+        summary = Summary()
+        position = log.end
+        known = self.recorded.get(log.log_id)
+        read_whole = RecordedPosition(log.end, log.digest(log.end))
+        if from_start or known != read_whole:
+            position = self.apply_chunks(log, from_start, summary)
+        self.read.add(identity)
+        show_progress("")
+        self.say_summary(log, summary)
+        return position
+
+    def apply_chunks(self, log, from_start, summary):
+        """Apply an open log chunk by chunk, and add to summary what comes of it; return its
+        recorded position, -1 for none."""
+        reading = Reading()
+        position = -1
+        while reading.end < log.end:
+            with self.database.counting() as sql:
+                chunk = apply_chunk(sql, log, reading, from_start, self.chunk_bytes)
+            position = chunk.position
+            self.progress = self.progress or chunk.applied > 0
+            summary.applied += chunk.applied
+            summary.repeated += chunk.repeated
+            self.say_rejected(log, chunk.rejected, summary)
+            events = summary.applied + summary.repeated + summary.rejected
+            show_progress(f"{log.path}: {chunk.end / log.end:.0%}, {events:,} events")
+            if chunk.end == chunk.start:
+                break  # nothing is new, or the file was truncated meanwhile
+            reading = Reading(chunk.end, reading.without_id + chunk.without_id)
+        return position
+
+    def say_rejected(self, log, rejected, summary):
+        """Name rejected lines of a log that were not said before, and count them in summary."""
+        told = self.told.get(log.log_id, 0)
+        if told > log.end:
+            told = 0  # it was cut, and may have other lines there now
+        for line in rejected:
+            self.failed = True
+            if line.offset < told:
+                continue
+            told = line.offset + 1
+            summary.rejected += 1
+            if summary.rejected <= NAMED_LINES:
+                warn(f"{log.path}: byte {line.offset}: {line.reason}")
+        self.told[log.log_id] = told
+
+    def say_summary(self, log, summary):
+        """Say what came of a log."""
+        if summary.rejected > NAMED_LINES:
+            warn(f"{log.path}: {summary.rejected - NAMED_LINES:,} more lines were rejected.")
+        words = (
+            f"{log.path}: {summary.applied:,} applied, {summary.repeated:,} repeated, "
+            f"{summary.rejected:,} rejected"
+        )
+        if log.unfinished:
+            words += f"; {log.unfinished:,} bytes of an unfinished last line left"
+        say(words)
+
+    def recover(self, error):
+        """Be ready for another attempt after an error that is among PASSING, or any other one of
+        the database: on a new connection, because a transaction was rolled back, or was committed
+        without a word, and then its events will be recognised."""
+        if isinstance(error, TOO_MUCH):
+            self.chunk_bytes = max(self.chunk_bytes // SHRINK, SMALLEST_CHUNK_BYTES)
+        self.database.close()
+
+
+def identity_of(log):
+    """Return what tells the file of an open log from all others, whatever its name is."""
+    status = os.fstat(log.file.fileno())
+    return status.st_dev, status.st_ino
+
+
+def version_of(log):
+    """Return what differs when the file of an open log has changed."""
+    status = os.fstat(log.file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def backoff_seconds(failures):
+    """Return how long to pause after so many failures in a row."""
+    return min(0.1 * 2 ** min(failures, 10), MAX_BACKOFF_SECONDS)
+
+
+# ---- The modes ----------------------------------------------------------------------------
+
+
+def run(paths, from_start=False):
+    """Apply what is new in every log; return whether nothing was rejected and every log was read.
+
+    After a deadlock, a lost connection, a lock or a child's death it tries again a few times.
+    Raise Failure or psycopg2.Error when the database does not let it.
+    """
+    applier = Applier(Database(), from_start)
+    failures = 0
+    with contextlib.closing(applier.database):
+        while True:
+            try:
+                applier.prepare()
+                if not apply_new_logs(applier, paths):
+                    return not applier.failed
+            except PASSING as error:
+                if applier.progress:
+                    failures = 0
+                    applier.progress = False
+                failures += 1
+                if applier.database.connection is None or failures >= ATTEMPTS:
+                    raise
+                if isinstance(error, Locked):
+                    applier.troubles.begin("Waiting", str(error))
+                applier.recover(error)
+                time.sleep(backoff_seconds(failures))
+
+
+def apply_new_logs(applier, paths):
+    """Apply the logs that are not done yet; return whether there were any: then there may be more,
+    because logs were rotated meanwhile."""
+    found = False
+    named = frozenset(paths)
+    for path in applier.find_logs(paths):
+        log = applier.open(path, path in named)
+        if log is None:
+            continue
+        with contextlib.closing(log):
+            if identity_of(log) not in applier.done:
+                found = applier.apply(log) or found
+    return found
+
+
+class Renamed(NamedTuple):
+    """A log that was renamed while it was held open."""
+
+    log: LogReader
+    since: float  # in seconds of time.monotonic
+
+
+class Follower(Applier):
+    """Applies what is new in the logs again and again.
+
+    held     {path: LogReader} of the named logs, which are written to: what comes in after the
+             last look is still read when they are renamed
+    renamed  those that were, until they are read to their end
+    """
+
+    def __init__(self, paths, from_start=False):
+        super().__init__(Database(), from_start)
+        self.paths = frozenset(paths)
+        self.held = {}
+        self.renamed = []
+
+    def follow(self):
+        """Apply what is new every second, through database outages, and never return. Raise
+        SyncFailed."""
+        failures = 0
+        while True:
+            try:
+                self.prepare()
+                self.look()
+            except (Failure, OSError, MemoryError, psycopg2.Error) as error:
+                failures += 1
+                lasting = failures >= ATTEMPTS or not isinstance(error, PASSING)
+                if lasting or isinstance(error, Locked) or self.database.connection is None:
+                    words = f"trying again until it is mended. {explain(error)}"
+                    self.troubles.begin("Events are not applied", words)
+                self.recover(error)
+                time.sleep(backoff_seconds(failures))
+            else:
+                failures = 0
+                self.chunk_bytes = CHUNK_BYTES
+                self.troubles.end("Events are not applied", "they are applied again.")
+                time.sleep(POLL_SECONDS)
+
+    def look(self):
+        """Apply every log that has changed since it was applied."""
+        self.notice_renamed()
+        self.apply_renamed()
+        for path in self.find_logs(self.paths):
+            log = self.held.get(path)
+            if log is None:
+                log = self.open(path, path in self.paths)
+            if log is None:
+                continue
+            if path in self.paths:
+                self.held[path] = log
+                self.apply_if_changed(log)
+            else:
+                with contextlib.closing(log):
+                    self.apply_if_changed(log)
+
+    def apply_if_changed(self, log):
+        """Apply a log unless it is as it was when it was done."""
+        applied = self.done.get(identity_of(log))
+        if applied is None or applied.version != version_of(log):
+            self.apply(log)
+        elif time.monotonic() >= applied.again_at:
+            self.apply(log)
+
+    def notice_renamed(self):
+        """Take logs that were renamed or removed from held to renamed."""
+        for path, log in list(self.held.items()):
+            if not leads_to(path, log.file.fileno()):
+                del self.held[path]
+                self.renamed.append(Renamed(log, time.monotonic()))
+
+    def apply_renamed(self):
+        """Read renamed logs to their end. Once find_end has had the lock, nobody writes to one any
+        more: writers look at the name first. What cannot be read for LOCK_SECONDS is given up: it
+        may be found under its new name."""
+        waiting = []
+        for renamed in self.renamed:
+            if self.apply(renamed.log):
+                renamed.log.close()
+            elif time.monotonic() < renamed.since + LOCK_SECONDS:
+                waiting.append(renamed)
+            else:
+                words = "was renamed, and another program holds its lock; its last lines may wait."
+                self.troubles.begin(renamed.log.path, words)
+                renamed.log.close()
+        self.renamed = waiting
+
+    def say_summary(self, log, summary):
+        """Say what came of a log, if anything did."""
+        if summary.applied or summary.repeated or summary.rejected:
+            super().say_summary(log, summary)
+
+
+class Audit(Applier):
+    """Applies logs from their starts to temporary tables, which hide the real ones, in one
+    transaction that is never committed. It stands for its own database."""
+
+    def __init__(self):
+        super().__init__(database=self)
+        self.connection = None
+        self._table = None  # the real users_revenue with its schema, because it is hidden
+
+    def close(self):
+        """Forget it all: roll the transaction back, whoever shares the connection."""
+        if self.connection is not None:
+            with contextlib.suppress(psycopg2.Error):
+                self.connection.rollback()
+            self.connection.close()
+
+    def begin(self):
+        """Connect and make the temporary tables. Raise Failure or psycopg2.Error."""
+        psycopg2.extensions.set_wait_callback(wait_for_statement)
+        self.connection = connect(connect_timeout=LOCK_SECONDS)
+        self.connection.set_session(isolation_level="READ COMMITTED")
+        with self.counting() as sql:  # psycopg2 begins the transaction
+            sql.execute(
+                "SET LOCAL idle_in_transaction_session_timeout = %s; SET LOCAL lock_timeout = %s",
+                [f"{VERIFY_IDLE_SECONDS}s", f"{LOCK_SECONDS}s"],
+            )
+            sql.execute(
+                """
+                SELECT format('%I.%I', nspname, relname), current_setting('search_path')
+                FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+                WHERE pg_class.oid = to_regclass('users_revenue')
+                AND to_regclass('event_producers') IS NOT NULL
+                AND to_regclass('event_logs') IS NOT NULL"""
+            )
+            found = sql.fetchone()
+            if found is None:
+                raise Failure(
+                    "The tables do not exist yet; run data_processor.py without --verify first."
+                )
+            self._table, search_path = found
+            sql.execute("SELECT set_config('search_path', 'pg_temp', true)")
+            run_create_table(sql)
+            sql.execute("SELECT set_config('search_path', 'pg_temp, ' || %s, true)", [search_path])
+
+    @contextlib.contextmanager
+    def counting(self):
+        """Return a context with a cursor of the one transaction."""
+        with self.connection.cursor() as sql:
+            yield sql
+
+    def say_rejected(self, log, rejected, summary):
+        """Say nothing: lines that are no events do not count here either."""
+
+    def say_summary(self, log, summary):
+        """Say nothing: nothing was applied."""
+
+    def count_users(self):
+        """Return how many users the logs know."""
+        with self.counting() as sql:
+            sql.execute("SELECT count(*) FROM users_revenue")
+            (users,) = sql.fetchone()
+            return users
+
+    def differences(self):
+        """Yield a line for each user whose revenue in the logs is not what is stored."""
+        with self.connection.cursor("differences") as sql:
+            sql.execute(
+                f"""
+                SELECT user_id, stored, logged, stored - logged AS difference
+                FROM (
+                    SELECT coalesce(old.user_id, new.user_id) COLLATE "C" AS user_id,
+                        coalesce(old.revenue, 0) AS stored, coalesce(new.revenue, 0) AS logged
+                    FROM {self._table} AS old
+                    FULL JOIN users_revenue AS new ON old.user_id = new.user_id COLLATE "C"
+                ) AS users
+                WHERE stored <> logged ORDER BY user_id"""
+            )
+            for user, stored, logged, difference in sql:
+                yield (
+                    f"{user}: {stored:f} in users_revenue, {logged:f} in the logs, "
+                    f"difference {difference:f}"
+                )
+
+
+def verify(paths):
+    """Print the users whose revenue differs from what the logs give; return whether there are
+    none. Raise Failure, OSError or psycopg2.Error."""
+    audit = Audit()
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(temporary_file())
+        differing = 0
+        with contextlib.closing(audit):
+            audit.begin()
+            apply_new_logs(audit, paths)
+            if audit.failed:
+                say("Not every log could be read, so nothing was compared.")
+                return False
+            users = audit.count_users()
+            for line in audit.differences():
+                differing += 1
+                write_spooled(lines, printable(line) + "\n")
+        # Only now, when no transaction is open, is anything printed.
+        print_file(lines)
+    if differing:
+        say(
+            f"{differing:,} users differ. Revenue from before these logs is a difference, and so "
+            "are events that are not applied yet: run data_processor.py first, and name every log."
+            " What was mended in a log that was read before is applied by --from-start."
+        )
+    else:
+        say(f"users_revenue and the logs agree on {users:,} users.")
+    return not differing
+
+
+def write_spooled(file, text):
+    """Write text to a temporary file, or raise OSError, which names its directory."""
+    try:
+        file.write(text.encode())
+    except OSError as error:
+        raise no_temporary_file(error) from error
+
+
+def print_file(file):
+    """Print an open file to stdout, as far as it takes something every READER_SECONDS."""
+    file.seek(0)
+    with open(file.fileno(), encoding="utf-8", closefd=False) as text:
+        for line in text:
+            if not write(sys.stdout, line, READER_SECONDS):
+                return
+
+
+def explain(error):
+    """Return the sentence that says why a run ended with an error, and what to do."""
+    if isinstance(error, MemoryError):
+        return "There is not enough memory."
+    if isinstance(error, (Failure, SyncFailed)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, psycopg2.OperationalError) and not error.pgcode:
+        return (
+            f"No database: {sentence(error)}. Start PostgreSQL, or correct DATABASE_URL or "
+            "PGHOST, PGPORT, PGUSER, PGPASSWORD and PGDATABASE."
+        )
+    return f"Stopped at a database error: {sentence(error)}."
+
+
+# ---- The command line ---------------------------------------------------------------------
+
+
+def exit_on(number, status):
+    """End the process at once, with the given status, when this signal comes. PostgreSQL then
+    rolls back the open transaction."""
+    signal.signal(number, lambda *_: os._exit(status))
+
+
+def parse_command_line(arguments):
+    """Return the options, or exit with status 2."""
+    parser = argparse.ArgumentParser(
+        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "logs",
+        metavar="LOG",
+        nargs="*",
+        default=[DEFAULT_LOG],
+        help=f"(default: {DEFAULT_LOG})",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--follow",
+        action="store_true",
+        help="look for new events every second until interrupted",
+    )
+    mode.add_argument(
+        "--verify",
+        action="store_true",
+        help="change nothing; compare the database with the logs",
+    )
+    parser.add_argument(
+        "--from-start",
+        action="store_true",
+        help="read every log from its first byte; what was counted does not count again",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run the command line and return its exit status."""
+    options = parse_command_line(arguments)
+    exit_on(signal.SIGINT, 130)
+    exit_on(signal.SIGTERM, 143)
+    try:
+        if options.verify:
+            good = verify(options.logs)
+        elif options.follow:
+            exit_on(signal.SIGTERM, 0)
+            good = Follower(options.logs, options.from_start).follow()
+        else:
+            good = run(options.logs, options.from_start)
+    except (Failure, SyncFailed, OSError, MemoryError, psycopg2.Error) as error:
+        warn(explain(error))
+        return 1
+    if good:
+        return 0
+    return 1
+
+
+# ---- Until server.py has them
+import secrets
+
+PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % EVENT)
 
 
 def is_plain(lines):
@@ -175,793 +2177,11 @@ def as_line(event):
     return event.rstrip().replace(b"\r", b" ").replace(b"\n", b" ")
 
 
-def check(condition, rule):
-    """Raise ValueError, which names the rule, unless condition holds."""
-    if not condition:
-        raise ValueError(rule)
-
-
 def check_event(line):
     """Raise ValueError, in words for its sender, unless line is an event that may be sent to the server."""
     event = decode_event(line)
     amount_of(event)
     check_reserved(event)
-
-
-def decode_log_line(line):
-    """Return a log's line as a row, the six groups of LOG_LINE: user id as JSON writes it, b"add", amount, producer,
-    sequence, b""; the last two ids are b"" for an event without an id. Raise ValueError if the line is no event."""
-    event = decode_event(line)
-    amount = str(amount_of(event)).encode()
-    user = json.dumps(event["userId"], ensure_ascii=False)[1:-1].encode()  # a plain user id is written as it is
-    producer, sequence = event.get("producerId"), event.get("sequence")
-    if sequence is None:
-        check_reserved(event)
-        return user, b"add", amount, b"", b"", b""
-    check_id(producer, sequence)
-    return user, b"add", amount, producer.encode(), b"%d" % sequence, b""
-
-
-_decode_json = json.JSONDecoder(parse_float=Decimal, parse_constant=int).decode  # int() refuses NaN and Infinity
-
-
-def decode_event(line):
-    """Return the JSON object in line (bytes, with or without a stamp) as a dict with numbers as int or Decimal, or
-    raise ValueError with the rule that it breaks."""
-    check(len(line) <= MAX_EVENT_BYTES or len(STAMP_AT_END.sub(b"}", line)) <= MAX_EVENT_BYTES,
-          "an event must be at most 64 KiB long")
-    check(not line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) and b"\0" not in line[:2],
-          "an event must be UTF-8 without a byte order mark (BOM), and not UTF-16")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"an event must be UTF-8, which ends at byte {error.start}") from None
-    check(text.count("[") + text.count("{") <= MAX_DEPTH or _depth(text) <= MAX_DEPTH,
-          f"an event must be nested at most {MAX_DEPTH} levels deep")
-    try:
-        event = _decode_json(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
-    except (ValueError, ArithmeticError):
-        raise ValueError("a number is out of range, NaN or Infinity") from None
-    check(type(event) is dict, "an event must be a JSON object")
-    return event
-
-
-def _depth(text):
-    brackets = re.findall("[][{}]", JSON_STRING.sub("", text))
-    return max(itertools.accumulate([1 if bracket in "[{" else -1 for bracket in brackets]), default=0)
-
-
-def amount_of(event):
-    """Return what the decoded event adds to its user's revenue, an exact int or Decimal, or raise ValueError with the
-    rule that it breaks."""
-    user, name, value = event.get("userId"), event.get("name"), event.get("value")
-    check(type(user) is str and 1 <= len(user) <= 255 and "\0" not in user and not SURROGATE.search(user),
-          "userId must be a string of 1 to 255 characters, without NUL or a lone surrogate")
-    check(type(value) in (int, Decimal), "value must be a number")
-    value = Decimal(value)
-    check(value.adjusted() < VALUE_DIGITS, "value must be a number below 10^18")
-    check(value.as_tuple().exponent >= -VALUE_DIGITS, "value must have at most 18 decimal places")
-    check(name in ("add_revenue", "subtract_revenue"), "name must be add_revenue or subtract_revenue")
-    # copy_negate, because unary minus would round to 28 digits here, outside of EXACT
-    return value if name == "add_revenue" else value.copy_negate()
-
-
-def check_id(producer, sequence):
-    """Raise ValueError unless producer and sequence make an event id."""
-    check(type(producer) is str and PRODUCER_ID.fullmatch(producer),
-          "producerId must be 1 to 64 of A-Z, a-z, 0-9, _ and -")
-    check(type(sequence) is int and 1 <= sequence <= MAX_SEQUENCE, "sequence must be an integer from 1 to 2^53 - 1")
-
-
-def check_reserved(event):
-    """Raise ValueError if the decoded event has a field that the server adds."""
-    for field in ("producerId", "sequence", "log"):
-        check(field not in event, f"{field} belongs to the server; headers give event ids: Producer-Id and Sequence")
-
-
-# ---- Files ----------------------------------------------------------------------------------------------------------
-
-def open_regular(path, flags, mode=0o640):
-    """Return a descriptor of the regular file at path, or raise OSError, also if it is anything else."""
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)  # O_NONBLOCK: a named pipe would wait for a writer
-    if os.path.isfile(fd):
-        return fd
-    os.close(fd)
-    raise OSError(errno.EINVAL, "is not a regular file; name one that is", path)
-
-
-def sync_file(fd):
-    """Return when the file's data is on the disk, or raise OSError."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
-    else:
-        os.fdatasync(fd)
-
-
-def leads_to(path, fd):
-    """Tell whether path still leads to the open file fd, which was neither renamed nor removed."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    return False
-
-
-def end_of_events(fd, size):
-    """Return the offset where the events in the first size bytes of a log end: behind the last LF or, if what follows
-    is a whole event that lacks only its LF, size."""
-    end, newline = size, -1
-    while end and newline < 0:
-        start = max(0, end - BLOCK_BYTES)
-        newline = os.pread(fd, end - start, start).rfind(b"\n")
-        end = start + newline + 1
-    try:
-        decode_log_line(os.pread(fd, min(size - end, BLOCK_BYTES), end))
-    except ValueError:
-        return end
-    return size
-
-
-def rotated_logs(path):
-    """Return the paths of the files that rotation made of the log at path: its name, a dot or a hyphen, a digit, …
-    Raise OSError if its directory cannot be read."""
-    directory, name = os.path.split(path)
-    # client.py leaves files with .delivery and .rejected in their names beside a rotated log that it sends.
-    rotated = re.compile(re.escape(name) + r"[.-][0-9](?!.*\.(?:delivery|rejected))", re.DOTALL)
-    entries = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
-    return sorted([os.path.join(directory, entry) for entry in entries if rotated.match(entry)])
-
-
-def decompress(file, suffix):
-    """Return a temporary file with what the compressed file holds, or raise OSError."""
-    unpacked = tempfile.TemporaryFile()
-    file.seek(0)
-    try:
-        with importlib.import_module(DECOMPRESSORS[suffix]).open(file) as content:
-            shutil.copyfileobj(content, unpacked)
-        unpacked.flush()
-    except Exception as error:  # each of the modules raises others
-        unpacked.close()
-        if getattr(error, "errno", None):
-            raise
-        raise OSError(errno.EINVAL, f"cannot be decompressed: {str(error) or type(error).__name__}") from error
-    return unpacked
-
-
-# ---- A log ----------------------------------------------------------------------------------------------------------
-
-def usable_cores():
-    """Return on how many cores this process may run."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-class LogReader:
-    """A log that is open for reading: file is the one on the disk, content what is read, which is another one if the
-    log is compressed. find_end() finds where its events end, how many bytes are behind that, and its log_id."""
-
-    def __init__(self, path):
-        """Open the log at path, or raise OSError."""
-        self.path = path
-        self.file = self.content = open(open_regular(path, os.O_RDONLY), "rb", buffering=0)
-        self.log_id = None
-        self.end = self.unfinished = self._synced = 0
-
-    def close(self):
-        """Close the log."""
-        self.content.close()
-        self.file.close()
-
-    def state(self):
-        """Return the file's identity (device, inode), and its version (size, time of the last change)."""
-        status = os.fstat(self.file.fileno())
-        return (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
-
-    def find_end(self):
-        """Set end, unfinished and log_id, or raise OSError. A log whose name says that it is compressed is decompressed
-        first. Under the lock no server is in the midst of a write, which it could still take back."""
-        if self.path.endswith(COMPRESSED):
-            self.content = decompress(self.file, os.path.splitext(self.path)[1])
-        fd = self.content.fileno()
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        try:
-            size = os.fstat(fd).st_size
-            self.end = end_of_events(fd, size)
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        self.unfinished = size - self.end
-        if self.end:
-            self.log_id = hashlib.sha256(self.read(0, min(BLOCK_BYTES, self.end)).partition(b"\n")[0] + b"\n").digest()
-
-    def sync(self):
-        """Make what was read durable before it is counted: a power cut could put other lines in its place. If that
-        fails, raise SystemExit, because a Failure would be retried, and a second sync could lie."""
-        if self._synced != self.end:
-            try:
-                sync_file(self.file.fileno())
-            except OSError as error:
-                raise SystemExit(f"{self.path}: a sync failed ({error.strerror}), so it is not counted.") from error
-            self._synced = self.end
-
-    def read(self, offset, length):
-        """Return length bytes at offset, fewer only at the end of the file."""
-        return os.pread(self.content.fileno(), length, offset)
-
-    def digest(self, position):
-        """Return the SHA-256 of the up to DIGEST_BYTES before position, or None if the log is shorter than that."""
-        start = max(0, position - DIGEST_BYTES)
-        data = self.read(start, position - start)
-        return hashlib.sha256(data).digest() if len(data) == position - start else None
-
-    def slices(self, start):
-        """Return pairs of offsets that cut up to CHUNK_BYTES from start on into whole lines: one for each core, or one
-        alone when there is little to read."""
-        size = min(self.end - start, CHUNK_BYTES)
-        count = max(1, min(usable_cores(), size // SLICE_BYTES))
-        cuts = [start] + [self._behind_line(start + size * (i + 1) // count) for i in range(count)]
-        return [(low, high) for low, high in itertools.pairwise(cuts) if low < high]
-
-    def _behind_line(self, offset):
-        """Return the offset itself if a line begins there, else where the next one begins, or end."""
-        while offset < self.end and (data := self.read(offset - 1, BLOCK_BYTES)):
-            if newline := data.find(b"\n") + 1:
-                return min(offset - 1 + newline, self.end)
-            offset += len(data)
-        return self.end
-
-    def blocks(self, start, end):
-        """Yield (offset, whole lines, offset behind them) from start up to end. Of a line longer than a block only the
-        beginning is yielded, with "..." behind it, which is too long for an event in any case."""
-        while start < end and (block := self.read(start, min(BLOCK_BYTES, end - start))):
-            behind = start + len(block)
-            if behind == self.end and not block.endswith(b"\n"):
-                block += b"\n"  # the last event of the log lacks it
-            elif b"\n" in block:
-                block = block[:block.rindex(b"\n") + 1]
-                behind = start + len(block)
-            else:
-                block += b"...\n"  # so that it is not blank, whatever it begins with
-                behind = self._behind_line(behind)
-            yield start, block, behind
-            start = behind
-
-
-# ---- A tally --------------------------------------------------------------------------------------------------------
-
-FORK = multiprocessing.get_context("fork")
-
-# What stands between two offsets of a log. A span (producer, first, end, line) says that the lines from that one on (0
-# is the first) have the event ids from (producer, first) to (producer, end - 1). rejected holds the (offset, reason) of
-# each rejected line.
-Report = collections.namedtuple("Report", "start end lines events spans rejected")
-
-
-class Tally:
-    """What the events of a log add up to, from offset start to end, or to where that took CHUNK_SECONDS or would keep
-    more than limit bytes. With ids_only, events without an id are rejected."""
-
-    def __init__(self, log, start, end, ids_only, limit):
-        self._log, self._ids_only = log, ids_only
-        self._sums, self._counts = {}, collections.Counter()  # of each user id in UTF-8, as JSON writes it
-        spans, rejected, lines, user_bytes = [], [], 0, 0
-        behind, deadline = start, time.monotonic() + CHUNK_SECONDS
-        for offset, block, behind in log.blocks(start, end):
-            users = len(self._sums)
-            numbers, rows = read_rows(block, offset, ids_only, rejected)
-            add_spans(spans, numbers, rows, offset, lines)
-            self._add(rows, 1)
-            lines += block.count(b"\n")
-            # A dict keeps its order: the new users are its last ones.
-            user_bytes += sum(map(len, itertools.islice(reversed(self._sums), len(self._sums) - users)))
-            kept = user_bytes + SUM_BYTES * len(self._sums) + SPAN_BYTES * (len(spans) + len(rejected))
-            if kept > limit or time.monotonic() > deadline:
-                break
-        self.report = Report(start, behind, lines, sum(self._counts.values()), spans, rejected)
-
-    def _add(self, rows, sign):
-        """Add the amounts of rows exactly and count them or, with sign -1, take them off again."""
-        values = [row[2] for row in rows]
-        try:
-            amounts = list(map(int, values))
-        except ValueError:
-            amounts = [Decimal(value.decode()) for value in values]
-        sums, plus = self._sums, b"add" if sign > 0 else b"subtract"
-        with decimal.localcontext(EXACT):
-            for row, amount in zip(rows, amounts):
-                sums[row[0]] = sums.get(row[0], 0) + (amount if row[1] == plus else -amount)
-        (self._counts.update if sign > 0 else self._counts.subtract)([row[0] for row in rows])
-
-    def sums(self, new):
-        """Return {user: amount} as a JSON text for the events whose lines are 1 in new, a byte for each line: read the
-        others once more and take them off, once and for all. Raise OSError if the log was changed meanwhile."""
-        events, marks = new.count(1), iter(new)
-        again = self._log.blocks(self.report.start, self.report.end) if events < self.report.events else ()
-        for offset, block, _ in again:
-            others = [line + b"\n" for line, mark in zip(block.split(b"\n")[:-1], marks) if not mark]
-            _, rows = read_rows(b"".join(others), offset, self._ids_only, [])
-            self._add(rows, -1)
-        if sum(self._counts.values()) != events:
-            raise OSError(errno.ESTALE, "was changed while it was read", self._log.path)
-        return b"{%b}" % b",".join([b'"%b":%b' % (user, str(amount).encode())
-                                    for user, amount in self._sums.items() if self._counts[user]])
-
-
-class TallyInChild:
-    """A Tally that a child process makes. It ends with its parent, at its next read or write of the pipe. (The idle
-    workers of a pool outlive a parent that is killed.)"""
-
-    def __init__(self, *arguments):
-        """Begin a Tally."""
-        self._path = arguments[0].path
-        self._pipe, theirs = FORK.Pipe()
-        self._child = FORK.Process(target=self._serve, args=(theirs, arguments), daemon=True)
-        with theirs:
-            self._child.start()  # beside a thread that waits for a signal and holds no lock
-
-    def _serve(self, pipe, arguments):
-        self._pipe.close()
-        with contextlib.suppress(EOFError, ConnectionError, MemoryError):  # the parent was killed, or will say so
-            try:
-                tally = Tally(*arguments)
-                pipe.send(tally.report)
-                pipe.send(tally.sums(pipe.recv()))
-            except OSError as error:
-                pipe.send(error)
-
-    def receive(self):
-        """Return the Tally's report when the child has it, and after choose() its sums; raise the OSError that reading
-        the log raised, or ChildDied."""
-        try:
-            result = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise ChildDied(f"A process that read {self._path} ended too early: out of memory, or killed.") from error
-        if isinstance(result, OSError):
-            raise result
-        return result
-
-    def choose(self, new):
-        """Have the child begin the sums of the events whose lines are 1 in new."""
-        with contextlib.suppress(ConnectionError):  # it died, as receive() will see
-            self._pipe.send(new)
-
-    def close(self):
-        """End the child."""
-        self._pipe.close()
-        self._child.kill()
-        self._child.join()
-
-
-def read_rows(block, offset, ids_only, rejected):
-    """Return the numbers and the rows of the lines of block that are events, and add the others to rejected, but for
-    blank ones. block is whole lines at offset of a log."""
-    rows = (LOG_LINE.findall(block) if is_utf8(block) else
-            [(b"", b"", b"", b"", b"", line) for line in block[:-1].split(b"\n")])
-    if all([row[3 if ids_only else 0] for row in rows]):  # a line with an id is plain, too
-        return range(len(rows)), rows
-    good = {}
-    offsets = itertools.accumulate([len(line) + 1 for line in block.split(b"\n")], initial=offset)
-    for number, (at, row) in enumerate(zip(offsets, rows)):
-        try:
-            if row[5].strip():
-                row = decode_log_line(row[5])
-            check(row[3] or not row[0] or not ids_only, NO_ID)
-        except ValueError as error:
-            rejected.append((at, str(error)))
-        else:
-            if row[0]:
-                good[number] = row
-    return list(good), list(good.values())
-
-
-def add_spans(spans, numbers, rows, offset, lines):
-    """Add to spans the ids of rows, whose lines have these numbers in a block at offset, behind lines of the slice.
-
-    An event without an id gets one that no other has in this chunk: no producer, and a number that grows with offset.
-    """
-    # Neighbours belong to one span when they have one producer and their sequences ascend as their lines do.
-    keys = [(row[3], int(row[4] or offset + number) - i, number - i)
-            for i, number, row in zip(itertools.count(), numbers, rows)]
-    at = 0
-    for (producer, base, skipped), group in itertools.groupby(keys):
-        count = len(list(group))
-        spans.append((producer.decode(), base + at, base + at + count, lines + skipped + at))
-        at += count
-
-
-# ---- Exactly once ---------------------------------------------------------------------------------------------------
-
-# What came of a chunk: the offsets where it began and ended, the position that is recorded now, how many events were
-# applied and how many repeated, the (offset, reason) of each rejected line, and whether events without an id were among
-# them since the reading began. Chunk() stands before the first one.
-Chunk = collections.namedtuple("Chunk", "start end position applied repeated rejected without_id",
-                               defaults=(None, 0, -1, 0, 0, (), False))
-
-
-def apply_chunk(sql, log, previous):
-    """Apply the next chunk of log in the caller's transaction, which commits all of it or nothing; return a Chunk.
-
-    It starts at the recorded position if the bytes before that are unchanged. Otherwise (a copy, a cut, a restored
-    backup) the log is being read again from byte 0, and the chunk starts where the previous one ended. Then the
-    position stays where it is until the end is reached without rejecting an event that has no id, so that a log that
-    is put right again is known again. It never moves back, also when a shorter copy is read.
-    """
-    sql.execute("INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id])
-    sql.execute("SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id])
-    position, digest = sql.fetchone()
-    unchanged = log.digest(position) == bytes(digest)
-    start = position if unchanged else previous.end
-    with tallied(log, start, ids_only=not unchanged) as tallies:
-        reports = [tally.report for tally in tallies]
-        if reports:
-            log.sync()
-        applied = count_once(sql, tallies)
-    end = reports[-1].end if reports else start
-    rejected = [line for report in reports for line in report.rejected]
-    without_id = previous.without_id or any(reason == NO_ID for _, reason in rejected)
-    if end > position and (unchanged or end >= log.end and not without_id):
-        position = end
-        sql.execute("UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
-                    [end, log.digest(end), log.log_id])
-    repeated = sum(report.events for report in reports) - applied
-    return Chunk(start, end, position, applied, repeated, rejected, without_id)
-
-
-@contextlib.contextmanager
-def tallied(log, start, ids_only):
-    """Return a context with the tallies of the next chunk of log, from offset start on: one for each core, or one alone
-    when there is little to read, or none. What lies behind one that ended early belongs to the chunk after this one."""
-    with contextlib.ExitStack() as stack:
-        cuts = log.slices(start)
-        jobs = [(log, low, high, ids_only, KEPT_BYTES // len(cuts)) for low, high in cuts]
-        tallies = [stack.enter_context(contextlib.closing(TallyInChild(*job))) for job in jobs]
-        adjoining, end = [], start
-        for tally, (low, _) in zip(tallies, cuts):
-            if low == end:  # no slice before it ended early
-                tally.report = tally.receive()
-                adjoining.append(tally)
-                end = tally.report.end
-        yield adjoining
-
-
-def count_once(sql, tallies):
-    """Add to users_revenue every event of tallies whose id is not yet in event_producers, and its id there, in the
-    caller's transaction; return how many were added.
-
-    READ COMMITTED. Each producer's row exists before it is locked, and is locked before it is read: of two processors
-    that meet the same id, the second waits and then sees what the first has committed. Producers, then users, are taken
-    in the order of their bytes, so that two processors cannot each wait for the other.
-    """
-    ranges = ranges_of(tallies)
-    chunk = json.dumps(ranges)
-    sql.execute("""
-        INSERT INTO event_producers (producer_id)
-        SELECT producer_id FROM json_object_keys(%s) AS producer_id ORDER BY producer_id COLLATE "C"
-        ON CONFLICT DO NOTHING""", [chunk])
-    sql.execute('SELECT FROM event_producers WHERE producer_id = ANY (%s) ORDER BY producer_id COLLATE "C" FOR UPDATE',
-                [list(ranges)])
-    sql.execute("""
-        WITH chunk AS MATERIALIZED (
-            SELECT producer_id, ranges::int8multirange AS ranges FROM json_each_text(%s) AS ids (producer_id, ranges)
-        ), changed AS (
-            UPDATE event_producers AS stored SET applied = stored.applied + ranges
-            FROM chunk JOIN event_producers AS before USING (producer_id)
-            WHERE stored.producer_id = chunk.producer_id AND NOT before.applied @> ranges
-            RETURNING chunk.producer_id, ranges - before.applied AS new -- stored is what it became
-        )
-        SELECT producer_id, lower(span), upper(span) FROM changed, unnest(new) AS span""", [chunk])
-    chosen = [(tally, new) for tally, new in zip(tallies, select_new(tallies, sql.fetchall())) if 1 in new]
-    for tally, new in chosen:
-        tally.choose(new)
-    # A JSON text for each tally takes a fifth of the time that 100,000 adapted parameters do.
-    sql.execute("""
-        INSERT INTO users_revenue AS stored (user_id, revenue)
-        SELECT user_id COLLATE "C", sum(amount::numeric)
-        FROM unnest(%s::json[]) AS sums, json_each_text(sums) AS new (user_id, amount) GROUP BY 1 ORDER BY 1
-        ON CONFLICT (user_id) DO UPDATE SET revenue = coalesce(stored.revenue, 0) + excluded.revenue""",
-                [[psycopg2.extensions.QuotedString(tally.receive()) for tally, _ in chosen]])
-    return sum(new.count(1) for _, new in chosen)
-
-
-def ranges_of(tallies):
-    """Return {producer: its sequences in tallies, as an int8multirange literal}."""
-    ranges = collections.defaultdict(list)
-    for producer, first, end, _ in itertools.chain.from_iterable([tally.report.spans for tally in tallies]):
-        ranges[producer].append(f"[{first},{end})")
-    return {producer: "{%s}" % ",".join(texts) for producer, texts in ranges.items() if producer}
-
-
-def select_new(tallies, new):
-    """Return for each tally a byte for each of its lines: 1 for an event whose id is in new, [(producer, first, end)],
-    and for every event without an id.
-
-    Of several lines with one id, the first span in the order of ids gets it: both lists ascend, and what a span takes
-    of new is not there for the next. (An id before the current span would lie in an earlier one, which has taken it.)
-    """
-    spans = sorted([(*span, number) for number, tally in enumerate(tallies) for span in tally.report.spans])
-    new = collections.deque(sorted(new + [span[:3] for span in spans if not span[0]]))
-    selections = [bytearray(tally.report.lines) for tally in tallies]
-    for producer, first, end, line, number in spans:
-        while new and new[0][0] == producer and new[0][1] < end:
-            _, low, high = new.popleft()
-            if high > end:
-                new.appendleft((producer, end, high))
-                high = end
-            selections[number][line + low - first:line + high - first] = b"\1" * (high - low)
-    return selections
-
-
-# ---- The database ---------------------------------------------------------------------------------------------------
-
-def connect(**defaults):
-    """Return a psycopg2 connection to the database that the environment names. defaults are libpq's parameters where it
-    says nothing. Raise Failure when DATABASE_URL makes no sense, or psycopg2.OperationalError."""
-    url = os.environ.get("DATABASE_URL", "")
-    # A host that vanished is noticed after a minute; by default it takes two hours.
-    defaults |= {"fallback_application_name": Path(sys.argv[0]).name, "keepalives_idle": 30, "keepalives_interval": 10,
-                 "keepalives_count": 3}
-    if not url and not any(map(os.environ.get, ("PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"))):
-        defaults |= {"host": "localhost", "dbname": "postgres", "user": "postgres"}
-        passwords = os.environ.get("PGPASSFILE") or os.path.expanduser("~/.pgpass")
-        if not os.environ.get("PGPASSWORD") and not os.path.exists(passwords):
-            defaults["password"] = "password1!"
-    if os.environ.get("PGCONNECT_TIMEOUT"):
-        defaults.pop("connect_timeout", None)
-    return psycopg2.connect(**(defaults | _parse_url(url) | {"client_encoding": "UTF8"}))
-
-
-def _parse_url(url):
-    """Return the parts of DATABASE_URL, or raise Failure, without quoting any of it: where a URL is malformed, any part
-    of it may be a part of the password."""
-    with contextlib.suppress(psycopg2.ProgrammingError):
-        parts = psycopg2.extensions.parse_dsn(url)
-        escaped = "://" not in url or re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
-        if escaped and re.fullmatch("[0-9,]*", parts.get("port", "")):
-            return parts
-    raise Failure("DATABASE_URL is malformed. It must look like postgresql://user:password@host:5432/database, with "
-                  "each / @ : % in the password percent-encoded (%2F %40 %3A %25).")
-
-
-def sentence(error):
-    """Return what an exception says is wrong, in one line without a full stop."""
-    lines = (getattr(error, "strerror", None) or str(error)).splitlines()
-    if isinstance(error, psycopg2.Error):  # libpq's own words are a line for each address that it tried, and advice
-        diagnosis = [error.diag.message_primary, error.diag.message_detail or ""]
-        lines = diagnosis if diagnosis[0] else [line for line in lines if not line.startswith("\t")]
-    return "; ".join([" ".join(line.split()).rstrip(".") for line in lines if line.strip()]) or type(error).__name__
-
-
-def prepare_tables(sql, create=True):
-    """Create the tables that are missing, in the schema where users_revenue is, and check that all of them fit. Raise
-    Failure or, in the words of create_table.sql, psycopg2.errors.RaiseException."""
-    statements = TABLES.read_text()
-    sql.execute("SELECT to_regclass('users_revenue'), to_regclass('event_producers'), to_regclass('event_logs')")
-    if None not in sql.fetchone():
-        statements = statements[statements.index("DO $$"):]  # CREATE needs a right, even IF NOT EXISTS
-    elif not create:
-        raise Failure("The tables do not exist yet; run data_processor.py without --verify first.")
-    else:
-        # Two processors that create the same table at once collide, even with IF NOT EXISTS.
-        sql.execute("SELECT pg_advisory_xact_lock(hashtext('create_table.sql'))")
-        sql.execute("""SELECT set_config('search_path', relnamespace::regnamespace::text, true)
-                       FROM pg_class WHERE oid = to_regclass('users_revenue')""")
-    sql.execute(statements)
-
-
-# ---- The run --------------------------------------------------------------------------------------------------------
-
-class Processor:
-    """Runs over some logs and their rotated siblings. What it remembers of a database ends with its connection."""
-
-    def __init__(self, paths, follow=False, verifying=False):
-        self.paths, self.follow, self.verifying = paths, follow, verifying
-        self.failed = False  # something was rejected or could not be read
-        self.connection = None
-        self.done = {}  # {file: (its version, log_id, recorded position)} of each log when all of it was applied
-        self.counts = collections.defaultdict(collections.Counter)  # {path: what came of it and was not said yet}
-        self.held = {}  # {path: LogReader} of the logs that are written to, so that they are still read when renamed
-        self.troubles = Troubles()
-        self.failures = 0  # since something last succeeded
-
-    def run(self):
-        """Apply what is new in every log; with follow look again every second, through database outages, and never
-        return. Raise Failure or psycopg2.Error when the database does not let it.
-
-        After a deadlock, a lost connection or a child's death, try again a few times on a new connection: the
-        transaction was rolled back, or it was committed and its events will be recognised.
-        """
-        while True:
-            try:
-                found = self.run_once()
-                self.failures = 0
-                self.troubles.end("Events are not applied", "this is over.")
-                if self.follow:
-                    time.sleep(POLL_SECONDS)
-                elif not found:
-                    return
-            except (Failure, OSError, psycopg2.Error) as error:
-                self.failures += 1
-                passing = isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError, ChildDied))
-                if self.connection is None or not passing or self.failures >= ATTEMPTS:
-                    if not self.follow:
-                        raise
-                    self.troubles.begin("Events are not applied", f"trying again until it is mended. {explain(error)}")
-                if self.connection:
-                    self.connection.close()
-                time.sleep(min(0.1 * 2 ** min(self.failures, 10), MAX_BACKOFF_SECONDS))
-
-    def run_once(self):
-        """Apply what is new in every log, and return whether there was one to look at: one that was not done yet, that
-        the database knows less of than it did (it was restored), or, with follow, that has changed."""
-        if self.connection is None or self.connection.closed:
-            self.connect()
-        with self.transaction() as sql:
-            sql.execute("SELECT log_id, position FROM event_logs")
-            recorded = {bytes(log_id): position for log_id, position in sql}
-        self.done = {file: done for file, done in self.done.items() if recorded.get(done[1], -1) >= done[2]}
-        found = False
-        for path in self.find_logs():
-            try:
-                found |= self.apply_path(path)
-                self.troubles.end(path, "is read again.")
-            except OSError as error:
-                self.failed = True
-                advice = "; start server.py in its directory, or name another log" * (error.errno == errno.ENOENT)
-                self.troubles.begin(path, f"{error.strerror}{advice}.")
-        return found
-
-    def find_logs(self):
-        """Return the paths of the logs, rotated ones before the one that they were renamed from."""
-        found = []
-        for path in self.paths:
-            rotated = rotated_logs(path) + (rotated_logs(os.path.realpath(path)) if os.path.islink(path) else [])
-            for sibling in rotated:
-                if not sibling.endswith(COMPRESSED):
-                    found.append(sibling)
-                elif sibling not in self.paths:
-                    self.troubles.begin(sibling, "is compressed and was not read; name it to read it.")
-            if self.follow or os.path.exists(path) or not rotated:
-                found.append(path)
-        return list(dict.fromkeys(found))
-
-    def apply_path(self, path):
-        """Apply what is new in the log at path and, before that, in the one that it led to before; return whether there
-        was anything to look at, or raise OSError."""
-        log = self.held.get(path)
-        if log and not leads_to(path, log.file.fileno()):
-            # Renamed. Once find_end has had the lock, nobody writes to it any more: writers look at the name first.
-            self.done.pop(log.state()[0], None)  # also if it has not grown: its writer may hold the lock
-            self.apply_log(log)
-            self.held.pop(path).close()
-        log = self.held.get(path) or LogReader(path)
-        if self.follow and path in self.paths:
-            self.held[path] = log
-            return self.apply_log(log)
-        with contextlib.closing(log):
-            return self.apply_log(log)
-
-    def apply_log(self, log):
-        """Apply an open log chunk by chunk, from where the database knows it, and say what came of it; return False if
-        it is done already and, with follow, has not changed since."""
-        file, version = log.state()
-        if file in self.done and (self.done[file][0] == version or not self.follow):
-            return False
-        log.find_end()
-        counts, chunk = self.counts[log.path], Chunk()
-        while chunk.start != chunk.end < log.end:  # a chunk of no length: the file was truncated meanwhile
-            with self.transaction() as sql:
-                chunk = apply_chunk(sql, log, chunk)
-                for at, reason in [] if self.verifying else chunk.rejected:
-                    self.failed = True
-                    warn(f"{log.path}: byte {at}: {reason}")  # before the commit: after a kill twice rather than never
-            if chunk.applied:
-                self.failures = 0
-            counts.update(applied=chunk.applied, repeated=chunk.repeated, rejected=len(chunk.rejected))
-            write(sys.stderr, f"{log.path}: {chunk.end / log.end:.0%}, {sum(counts.values()):,} events", end="")
-        write(sys.stderr, "", end="")
-        self.done[file] = version, log.log_id, chunk.position
-        del self.counts[log.path]
-        left = f"; {log.unfinished:,} bytes of an unfinished last line left" if log.unfinished else ""
-        if not self.verifying and (not self.follow or any(counts.values())):
-            say(f"{log.path}: {counts['applied']:,} applied, {counts['repeated']:,} repeated, "
-                f"{counts['rejected']:,} rejected{left}")
-        return True
-
-    @contextlib.contextmanager
-    def transaction(self):
-        """Return a context with the cursor of one transaction: nothing else commits. A verifying run never does, and
-        takes its time between two statements."""
-        with contextlib.nullcontext() if self.verifying else self.connection, self.connection.cursor() as sql:
-            if not self.verifying:
-                sql.execute("SET LOCAL idle_in_transaction_session_timeout = %s", [f"{IDLE_SECONDS}s"])
-            yield sql
-
-    def connect(self):
-        """Connect to the database and forget what was remembered of another one; see that its tables fit."""
-        self.done = {}
-        self.connection = connect(connect_timeout=10)
-        self.connection.set_session(isolation_level="READ COMMITTED")
-        with self.transaction() as sql:
-            prepare_tables(sql, create=not self.verifying)
-
-
-def verify(paths):
-    """Print the users whose revenue differs from what the logs give; return whether there are none.
-
-    It is a run from the logs' starts into temporary tables, which hide the real ones, in a transaction that is never
-    committed. Raise Failure or psycopg2.Error when the database does not let it.
-    """
-    processor = Processor(paths, verifying=True)
-    processor.connect()
-    with contextlib.closing(processor.connection), processor.connection.cursor() as sql:
-        sql.execute("SELECT 'users_revenue'::regclass::oid")
-        real = sql.fetchone()
-        sql.execute(TABLES.read_text().replace("CREATE TABLE IF NOT EXISTS", "CREATE TEMPORARY TABLE"))
-        sql.execute("SELECT set_config('search_path', 'pg_temp, ' || current_setting('search_path'), true)")
-        processor.run_once()
-        if processor.failed:
-            say("Not every log could be read, so nothing was compared.")
-            return False
-        sql.execute("SELECT %s::regclass::text, count(*) FROM users_revenue", real)
-        real, users = sql.fetchone()  # with its schema, because it is hidden now
-        sql.execute(f"""
-            SELECT user_id, stored, logged, stored - logged
-            FROM (SELECT coalesce(old.user_id, new.user_id) COLLATE "C" AS user_id,
-                         coalesce(old.revenue, 0) AS stored, coalesce(new.revenue, 0) AS logged
-                  FROM {real} AS old FULL JOIN users_revenue AS new ON old.user_id = new.user_id COLLATE "C") AS users
-            WHERE stored <> logged ORDER BY user_id""")
-        for row in sql:
-            say("{}: {:f} in users_revenue, {:f} in the logs, difference {:f}".format(*row))
-        if sql.rowcount:
-            say(f"{sql.rowcount:,} users differ. Revenue from before these logs is a difference, and so are events "
-                "that are not applied yet: run data_processor.py first, and name every log.")
-        else:
-            say(f"users_revenue and the logs agree on {users:,} users.")
-        return not sql.rowcount
-
-
-def explain(error):
-    """Return the sentence that says why a run ended with a Failure, an OSError or a psycopg2.Error, and what to do."""
-    if isinstance(error, Failure):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}."
-    if isinstance(error, psycopg2.errors.RaiseException):  # by create_table.sql
-        return sentence(error)
-    if isinstance(error, psycopg2.OperationalError) and not error.pgcode:
-        return (f"No database: {sentence(error)}. Start PostgreSQL, or correct DATABASE_URL or PGHOST, PGPORT, PGUSER, "
-                "PGPASSWORD and PGDATABASE.")
-    return f"Stopped at a database error: {sentence(error)}."
-
-
-def exit_on(statuses):
-    """End the process at once, with the given status, when one of these signals comes. PostgreSQL then rolls back the
-    open transaction. (A thread waits for them, because a Python handler does not run while libpq waits for a lock.)"""
-    signal.pthread_sigmask(signal.SIG_BLOCK, statuses)
-    threading.Thread(target=lambda: os._exit(statuses[signal.sigwait(statuses)]), daemon=True).start()
-
-
-def parse_command_line(arguments):
-    """Return the options, or exit with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", metavar="LOG", nargs="*", default=[DEFAULT_LOG], help=f"(default: {DEFAULT_LOG})")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--follow", action="store_true", help="look for new events every second until interrupted")
-    mode.add_argument("--verify", action="store_true", help="change nothing; compare the database with the logs")
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    """Run the command line and return its exit status."""
-    options = parse_command_line(arguments)
-    exit_on({signal.SIGINT: 130, signal.SIGTERM: 0 if options.follow else 143})
-    try:
-        if options.verify:
-            return 0 if verify(options.logs) else 1
-        processor = Processor(options.logs, options.follow)
-        processor.run()
-        return 1 if processor.failed else 0
-    except (Failure, OSError, psycopg2.Error) as error:
-        warn(explain(error))
-        return 1
 
 
 if __name__ == "__main__":
