@@ -9,12 +9,31 @@ import lzma
 import subprocess
 import unittest
 import unittest.mock
+from pathlib import Path
+from typing import NamedTuple
 
 import data_processor
 from tests.tools import SystemTest
 from tests.tools_database import empty_tables, setUpModule
 from tests.tools_events import EVENT, oracle, with_id, write_events
 from tests.tools_parts import append, apply, captured, opened_log, opened_processor, poll
+
+
+class TornLog(NamedTuple):
+    """A log whose last line may be unfinished."""
+
+    path: Path
+    user: str  # whose events it holds
+    kept: bytes  # what is left of it once a server has gone on with it
+    events: int  # how many events are left
+
+
+def is_event(text):
+    """Tell whether text is a whole event, judged by Python's own parser."""
+    try:
+        return set(json.loads(text)) >= {"userId", "name", "value"}
+    except (ValueError, TypeError):
+        return False
 
 
 class Logs(SystemTest):
@@ -132,32 +151,6 @@ class Logs(SystemTest):
             self.assertEqual(decompress.call_count, 2)
         self.assertRevenue({"user1": 1})
 
-    def test_a_last_event_without_its_line_end_counts_once_however_the_log_goes_on(self):
-        last = {"without an id": EVENT, "with an id": with_id("p", 1).encode()[:-1]}
-        more = {
-            "a line end and an event": b"\n" + EVENT,
-            "CR LF": b"\r\n" + EVENT + b"\n",
-            "a blank line": b"\n\n" + EVENT,
-            "the next event on its line": EVENT + b"\n",
-            "a space": b" \n" + EVENT,
-        }
-        for (what, event), (how, rest) in itertools.product(last.items(), more.items()):
-            for beginning in (EVENT + b"\n", b""):
-                if not beginning and not rest.startswith(b"\n") and event == EVENT:
-                    continue  # with another first line it is another log
-                with self.subTest(last=what, more=how, beginning=beginning):
-                    empty_tables()
-                    log = self.path("log", beginning + event)
-                    for _ in range(2):
-                        self.assertNotIn("unfinished", self.processor(log)[0])
-                    log.write_bytes(log.read_bytes() + rest)
-                    glued = not beginning and rest.startswith(
-                        EVENT
-                    )  # the first line of another log, and no event
-                    for status in (int(glued), 0):
-                        self.processor(log, status=status)
-                    self.assertRevenue({"user1": 2 + bool(beginning) - glued})
-
     TAILS = {
         "NULs": b"\0" * 10,
         "a line of NULs": b"\0" * 10 + b"\n",
@@ -180,41 +173,74 @@ class Logs(SystemTest):
         "two events glued": with_id("p", 9).encode()[:-1] * 2,
     }
 
-    def test_an_unfinished_last_line_harms_no_other_line(self):
-        lines = [with_id("p", n, f"user{n}").encode() for n in range(1, 6)]
-        content, new = b"".join(lines), with_id("new", 1, "new").encode()
-        shapes = {
-            f"cut at byte {end}": content[:end]
-            for end in range(len(b"".join(lines[:2])), len(content) + 1)
-        }
-        shapes |= {case: content + tail for case, tail in self.TAILS.items()}
-        self.assertGreater(len(shapes), 250)
-        with opened_processor(self.path("log"), follow=True) as processor, captured():
-            for case, shape in shapes.items():
-                with self.subTest(case):
-                    empty_tables()
-                    last = shape.rpartition(b"\n")[2]
-                    kept = shape + b"\n" if self.is_event(last) else shape.removesuffix(last)
-                    expected = {f"user{n}": 1 for n, line in enumerate(lines, 1) if line in kept}
-                    if case == "an event without a line end":
-                        expected["user1"] += 1
-                    elif case.startswith("an event with an id"):
-                        expected["user1"] += 1
-                    path = self.path("log", shape)
-                    poll(processor)
-                    self.assertRevenue(expected)
-                    with opened_log(path) as log:
-                        append(log, new)
-                    self.assertEqual(path.read_bytes(), kept + new)
-                    poll(processor)
-                    self.assertRevenue(expected | {"new": 1})
+    def test_a_last_event_without_its_line_end_counts_once_however_the_log_goes_on(self):
+        ways = ("a line end", "CR LF", "a blank line", "the next event on its line", "a space")
+        logs = {}  # {log: what is appended to it}
+        expected = {}
+        for way, has_id, begun in itertools.product(ways, (True, False), (True, False)):
+            user = f"{way}, {has_id}, {begun}"
+            plain = EVENT.replace(b"user1", user.encode())
+            last = plain
+            if has_id:
+                last = with_id(f"p{len(logs)}", 1, user).encode()[:-1]
+            if not has_id and not begun and way not in ("a line end", "a blank line"):
+                continue  # with another first line it is another log
+            content = last
+            expected[user] = 2
+            if begun:
+                content = plain + b"\n" + last
+                expected[user] = 3
+            elif way == "the next event on its line":
+                expected[user] = 1  # the first line of another log, and no event
+            rest = {
+                "a line end": b"\n" + plain,
+                "CR LF": b"\r\n" + plain + b"\n",
+                "a blank line": b"\n\n" + plain,
+                "the next event on its line": plain + b"\n",
+                "a space": b" \n" + plain,
+            }
+            logs[self.path(f"log{len(logs)}", content)] = rest[way]
+        for _ in range(2):
+            self.assertNotIn("unfinished", self.processor(*logs)[0])
+        for log, rest in logs.items():
+            log.write_bytes(log.read_bytes() + rest)
+        _, errors = self.processor(*logs, status=1)
+        self.assertEqual(errors.count("\n"), 1, "of the glued lines, one begins another log")
+        self.processor(*logs)
+        self.assertRevenue(expected)
 
-    def is_event(self, text):
-        """Tell whether text is a whole event, judged by Python's own parser."""
-        try:
-            return set(json.loads(text)) >= {"userId", "name", "value"}
-        except ValueError:
-            return False
+    def torn_logs(self):
+        """Return logs that were cut at any byte of their last lines, or have an odd tail."""
+        lines = b"".join(with_id("p", n).encode() for n in range(1, 6))
+        shapes = [lines[:end] for end in range(len(lines) * 2 // 5, len(lines) + 1)]
+        shapes += [lines + tail for tail in self.TAILS.values()]
+        logs = []
+        for number, shape in enumerate(shapes):
+            user = b"user%d" % number
+            content = shape.replace(b'"user1', b'"' + user).replace(b'"p"', b'"p%d"' % number)
+            whole, _, last = content.rpartition(b"\n")
+            kept = whole + b"\n"
+            if is_event(last):
+                kept = content + b"\n"
+            events = sum(map(is_event, kept.split(b"\n")))
+            path = self.path(f"torn{number}", content)
+            logs.append(TornLog(path, user.decode(), kept, events))
+        return logs
+
+    def test_an_unfinished_last_line_harms_no_other_line(self):
+        logs = self.torn_logs()
+        self.assertGreater(len(logs), 250)
+        paths = [log.path for log in logs]
+        self.processor(*paths, status=1)  # of the tails, some are lines without an event
+        self.assertRevenue({log.user: log.events for log in logs})
+        for number, log in enumerate(logs):
+            new = with_id(f"new{number}", 1, log.user).encode()
+            with self.subTest(log.path.read_bytes()[-50:]):
+                with opened_log(log.path) as writer, captured():
+                    append(writer, new)
+                self.assertEqual(log.path.read_bytes(), log.kept + new)
+        self.processor(*paths)
+        self.assertRevenue({log.user: log.events + 1 for log in logs})
 
     def test_no_line_is_taken_while_a_server_may_take_it_back(self):
         log = self.path("log", with_id("p", 1))
