@@ -1,8 +1,7 @@
-"""A processor waits for nobody without a bound and a word, and one trouble stops only itself."""
+"""A processor waits for nobody without a bound and a word."""
 import contextlib
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,28 +11,15 @@ import unittest.mock
 import psycopg2
 
 import data_processor
-from tests.tools import SystemTest, alive, children_of, patched, wait_until
+from tests.tools import SystemTest, alive, children_of, wait_until
 from tests.tools_database import query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
-from tests.tools_parts import captured
+from tests.tools_parts import captured, run_patched
 
 
 def settings(**values):
     """Return a context with other settings in this process."""
     return unittest.mock.patch.multiple(data_processor, **values)
-
-
-def run_patched(patch, *arguments, **options):
-    """Start data_processor.py after lines of Python have changed it; return the process."""
-    command, environment = patched("data_processor", patch)
-    return subprocess.Popen(
-        [sys.executable, *command, *map(str, arguments)],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 @contextlib.contextmanager
@@ -247,177 +233,6 @@ class StandStill(SystemTest):
             stopped.communicate()
 
 
-class OneTrouble(SystemTest):
-    """One trouble stops only itself."""
-
-    def test_an_event_that_postgresql_refuses_stops_its_log_alone(self):
-        refusals = {
-            "a check": "ALTER TABLE users_revenue ADD CHECK (user_id <> 'bad')",
-            "a foreign key": "CREATE TABLE IF NOT EXISTS customers (id text PRIMARY KEY);"
-            "INSERT INTO customers VALUES ('good') ON CONFLICT DO NOTHING;"
-            "ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES customers",
-            "a trigger": "CREATE OR REPLACE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN IF NEW.user_id = ''bad'' THEN RAISE EXCEPTION ''no bad user''; END IF; "
-            "RETURN NEW; END';"
-            "CREATE TRIGGER refusing BEFORE INSERT ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION refuses()",
-        }
-        for refusal, statement in refusals.items():
-            with self.subTest(refusal):
-                self.setUp()
-                query(statement)
-                self.path("log.1", with_id("p", 1, "bad"))
-                log = self.path("log", with_id("q", 1, "good"))
-                _, errors = self.processor(log, status=1)
-                self.assertRegex(errors, r"^\S*/log\.1: PostgreSQL refused it: .*bad")
-                self.assertEqual(errors.count("\n"), 1)
-                self.assertRevenue({"good": 1})
-        query("DROP TABLE users_revenue; DROP TABLE customers")
-
-    def test_no_partition_for_a_user_stops_its_log_alone(self):
-        query(
-            "DROP TABLE users_revenue, event_producers, event_logs;"
-            "CREATE TABLE users_revenue (user_id text PRIMARY KEY, revenue numeric NOT NULL) "
-            "PARTITION BY LIST (user_id);"
-            "CREATE TABLE good_users PARTITION OF users_revenue FOR VALUES IN ('good')"
-        )
-        self.path("log.1", with_id("p", 1, "bad"))
-        log = self.path("log", with_id("q", 1, "good"))
-        _, errors = self.processor(log, status=1)
-        self.assertIn("no partition of relation", errors)
-        self.assertRevenue({"good": 1})
-
-    def test_what_is_named_like_a_rotated_log_and_is_none_is_passed_over(self):
-        log = self.path("log", with_id("p", 1))
-        self.path("log.1").mkdir()
-        self.path("log.2").symlink_to("nowhere")
-        os.mkfifo(self.path("log.3"))
-        self.processor(log)
-        self.processor("--verify", log)
-        self.assertRevenue({"user1": 1})
-
-    def test_a_rotated_log_that_vanishes_is_passed_over(self):
-        log = self.path("log", with_id("p", 1))
-        vanishing = self.path("log.1", with_id("q", 1))
-        vanish = (
-            "import os\n"
-            "opening = data_processor.LogReader.__init__\n"
-            "def vanish(self, path):\n"
-            f"    if path.endswith('.1'): os.unlink({str(vanishing)!r})\n"
-            "    opening(self, path)\n"
-            "data_processor.LogReader.__init__ = vanish"
-        )
-        run = run_patched(vanish, log)
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual((run.returncode, errors), (0, ""))
-        self.assertFalse(vanishing.exists())
-        self.assertRevenue({"user1": 1})
-
-    def test_a_log_where_nothing_can_be_synced_is_read(self):
-        log = self.path("log", with_id("p", 1))
-        for name in ("EINVAL", "ENOTSUP", "EROFS"):
-            with self.subTest(name):
-                self.setUp()
-                no_sync = (
-                    "import errno, os\n"
-                    "def no_sync(fd): raise OSError(errno.%s, 'no sync here')\n"
-                    "data_processor.sync_file = no_sync" % name
-                )
-                log = self.path("log", with_id("p", 1))
-                run = run_patched(no_sync, log)
-                self.assertEqual(run.communicate(timeout=30)[1], "")
-                self.assertRevenue({"user1": 1})
-
-    def test_a_log_that_is_truncated_while_it_is_read_stops_only_itself(self):
-        log = self.path("log.1", with_id("p", 1) + with_id("p", 2))
-        self.path("log", with_id("q", 1))
-        cut = (
-            "import os\n"
-            "count_once = data_processor.count_once\n"
-            "def cut(sql, log, tallies):\n"
-            f"    if log.path.endswith('.1'): os.truncate({str(log)!r}, 10)\n"
-            "    return count_once(sql, log, tallies)\n"
-            "data_processor.count_once = cut"
-        )
-        run = run_patched(cut, self.path("log"))
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual(run.returncode, 1)
-        self.assertIn("log.1: was changed while it was read", errors)
-        self.assertRevenue({"user1": 1})
-
-    def test_a_chunk_becomes_smaller_after_the_death_of_a_child(self):
-        log = self.path("log", "".join(with_id("p", number) for number in range(1, 20_001)))
-        die = (
-            "import os\n"
-            "data_processor.CHUNK_BYTES = 1024 * 1024\n"
-            "send_tally = data_processor.send_tally\n"
-            "def die_of_much(log, part, marks, pipe):\n"
-            "    if part.end - part.start > 300 * 1024: os._exit(1)\n"
-            "    send_tally(log, part, marks, pipe)\n"
-            "data_processor.send_tally = die_of_much\n"
-            "init = data_processor.Applier.__init__\n"
-            "def small(self, *arguments):\n"
-            "    init(self, *arguments)\n"
-            "    self.chunk_bytes = data_processor.CHUNK_BYTES\n"
-            "data_processor.Applier.__init__ = small"
-        )
-        self.assertGreater(log.stat().st_size, 1024 * 1024)
-        run = run_patched(die, log)
-        _, errors = run.communicate(timeout=60)
-        self.assertEqual(run.returncode, 0, errors)
-        self.assertRevenue({"user1": 20_000})
-
-    def test_a_missing_process_is_not_blamed_on_the_log(self):
-        log = self.path("log", with_id("p", 1))
-        no_fork = (
-            "import errno, multiprocessing\n"
-            "data_processor.ATTEMPTS = 2\n"
-            "def no_fork(self): raise OSError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
-            "multiprocessing.get_context('fork').Process.start = no_fork"
-        )
-        run = run_patched(no_fork, log)
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual(run.returncode, 1)
-        self.assertEqual(
-            errors, "No child process can start: Resource temporarily unavailable.\n"
-        )
-
-    def test_a_hundred_lines_are_named_and_the_others_counted(self):
-        log = self.path("log", "nonsense\n" * 1500 + with_id("p", 1))
-        _, errors = self.processor(log, status=1)
-        self.assertEqual(len(re.findall("byte [0-9]+: not JSON", errors)), 100)
-        self.assertIn("log: 1,400 more lines were rejected.\n", errors)
-
-    def test_a_follower_says_nothing_twice(self):
-        plain = '{"userId": "u", "name": "add_revenue", "value": 1}\n'
-        log = self.path("log", plain * 200)
-        applier = data_processor.Follower([str(log)])
-        self.addCleanup(applier.database.close)
-        self.addCleanup(lambda: [held.close() for held in applier.held.values()])
-        with captured() as output:
-            applier.prepare()
-            applier.look()
-            log.write_text(plain + plain.replace("1", "2") + plain * 198, encoding="utf-8")
-            applier.look()
-            first = output()
-            for _ in range(3):
-                with open(log, "a", encoding="utf-8") as file:
-                    file.write(with_id("p", os.fstat(file.fileno()).st_size))
-                applier.prepare()
-                applier.look()
-            later = output()[len(first) :]
-        self.assertEqual(first.count("byte "), 100)
-        self.assertNotIn("byte ", later)
-        self.assertRevenue({"u": 200, "user1": 3})
-
-    def test_many_logs_are_looked_up_in_one_listing(self):
-        logs = [str(self.path(f"log{number}", "")) for number in range(50)]
-        with unittest.mock.patch.object(os, "listdir", wraps=os.listdir) as listdir:
-            found = data_processor.Applier(None).find_logs(logs)
-        self.assertEqual(found, logs)
-        self.assertEqual(listdir.call_count, 1)
-
-
 class Output(SystemTest):
     """Output that cannot be written at once is dropped."""
 
@@ -467,47 +282,3 @@ def fill(fd):
         while True:
             os.write(fd, b"x")
     os.set_blocking(fd, True)
-
-
-class FromStart(SystemTest):
-    """--from-start reads every log from its first byte."""
-
-    def test_a_line_that_was_mended_is_counted(self):
-        first = with_id("p", 1)
-        mended = with_id("p", 2).replace(" 1,", "  1,", 1)
-        bad = mended.replace("  1,", ' "",')
-        rest = "".join(with_id("p", number) for number in range(3, 2000))
-        self.assertGreater(len(rest), data_processor.DIGEST_BYTES)
-        log = self.path("log", first + bad + rest)
-        self.processor(log, status=1)
-        log.write_text(first + mended + rest, encoding="utf-8")
-        self.processor(log)
-        self.assertRevenue({"user1": 1998})
-        output, _ = self.processor("--from-start", log)
-        self.assertIn("1 applied, 1,998 repeated", output)
-        self.assertRevenue({"user1": 1999})
-
-    def test_a_plain_log_counts_once(self):
-        plain = '{"userId": "u", "name": "add_revenue", "value": 1}\n'
-        log = self.path("log", plain * 10)
-        self.processor(log)
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(plain * 3)
-        output, _ = self.processor("--from-start", log)
-        self.assertIn("3 applied", output)
-        self.assertRevenue({"u": 13})
-
-    def test_a_follower_reads_a_log_from_its_start_once(self):
-        log = self.path("log", with_id("p", 1))
-        self.processor(log)
-        follower = self.start("data_processor.py", "--follow", "--from-start", log)
-        self.assertIn("0 applied, 1 repeated", follower.stdout.readline())
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(with_id("p", 2))
-        self.assertIn("1 applied, 0 repeated", follower.stdout.readline())
-
-    def test_verify_says_when_it_would_help(self):
-        log = self.path("log", with_id("p", 1))
-        query("INSERT INTO users_revenue VALUES ('other', 1)")
-        output, _ = self.processor("--verify", log, status=1)
-        self.assertIn("--from-start", output)

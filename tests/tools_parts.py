@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 import unittest
 import unittest.mock
@@ -10,6 +12,7 @@ from decimal import Decimal
 import client as client_module
 import data_processor
 import server as server_module
+from tests.tools import patched
 
 
 @contextlib.contextmanager
@@ -127,3 +130,16 @@ def normal(row):
     """Return what a row of the tally means: user, amount, producer and sequence."""
     user, sign, value, producer, sequence, _ = row
     return user, Decimal(value.decode()) * (1 if sign == b"add" else -1), producer, sequence
+
+
+def run_patched(patch, *arguments, **options):
+    """Start data_processor.py after lines of Python have changed it; return the process."""
+    command, environment = patched("data_processor", patch)
+    return subprocess.Popen(
+        [sys.executable, *command, *map(str, arguments)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
