@@ -2146,43 +2146,5 @@ def main(arguments=None):
     return 1
 
 
-# ---- Until server.py has them
-import secrets
-
-PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % EVENT)
-
-
-def is_plain(lines):
-    """Tell whether every line of lines, which end with LF, is an event as everyone prints it, without a stamp."""
-    match = PLAIN_EVENTS.match(lines)
-    return match is not None and match.end() == len(lines) and is_utf8(lines)
-
-
-def stamp(lines, producer, first):
-    """Return lines, each an object and LF, with the event ids (producer, first), (producer, first + 1), … put into
-    them."""
-    stamped = b', "producerId": "%b", "sequence": %%d}\n' % producer.encode()
-    template = lines.replace(b"%", b"%%").replace(b"}\n", stamped)
-    return template % tuple(range(first, first + lines.count(b"\n")))
-
-
-def add_log_field(lines):
-    """Return lines with a random field "log" in the first one's stamp, so that no two logs begin alike."""
-    at = lines.rindex(b', "producerId": ', 0, lines.index(b"\n"))
-    return b'%b, "log": "%b"%b' % (lines[:at], secrets.token_hex(16).encode(), lines[at:])
-
-
-def as_line(event):
-    """Return the text of an event without LF: line ends around its tokens become spaces, those behind it go."""
-    return event.rstrip().replace(b"\r", b" ").replace(b"\n", b" ")
-
-
-def check_event(line):
-    """Raise ValueError, in words for its sender, unless line is an event that may be sent to the server."""
-    event = decode_event(line)
-    amount_of(event)
-    check_reserved(event)
-
-
 if __name__ == "__main__":
     sys.exit(main())

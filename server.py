@@ -1,21 +1,13 @@
-"""Receive events over HTTP, append them durably to a log, and answer each user's
-revenue from PostgreSQL.
+"""Receive events over HTTP, append them durably to a log, and answer each user's revenue.
 
-The answer 200 is sent only after the event's line was written and synced, so
-that it survives kill -9 and a power cut.
-
-EVENTS_AUTHORIZATION holds the value that a request's Authorization header must
-have; without it the server listens on loopback addresses only. The database is
-the one that DATABASE_URL or libpq's variables (PGHOST, ...) name; events are
-taken without one, too.
-
-Example: python server.py --port 8080
+The answer 200 is sent only after the event's line was written and synced, so that the event
+survives kill -9 and a power cut.
 """
-# Requests that arrive during a sync share the next one (group commit): see LogWriter.append.
-#
-# The parts in order: settings; the log (LogWriter); the database (Database); HTTP (Handler, one for each connection);
-# processes (Worker, supervise); the command line.
+# The parts in order: settings; work that is shared (Rounds); lines of events; the log
+# (LogWriter); the database (Database); requests as they are read; their answers (Handler, one for
+# each connection); processes (Worker, Supervisor); the command line.
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import email.utils
@@ -23,681 +15,1671 @@ import errno
 import functools
 import hmac
 import http.server
+import io
 import ipaddress
 import json
+import math
 import os
 import re
 import secrets
-import select
+import selectors
 import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
+from typing import NamedTuple
 
-from data_processor import (  # before fcntl and psycopg2: it says in a sentence that one of them is missing
-    DEFAULT_LOG, MAX_SEQUENCE, SURROGATE, Failure, Troubles, add_log_field, as_line, check_event, check_id, connect,
-    end_of_events, is_plain, leads_to, open_regular, say, sentence, stamp, sync_file, usable_cores, warn)
+# With python -P, the directory of this script is not searched for data_processor.
+sys.path.append(os.path.dirname(os.path.realpath(__file__)))
+
+# data_processor comes first: if fcntl or psycopg2 is missing, importing it ends the program with
+# a sentence.
+from data_processor import (
+    DEFAULT_LOG,
+    EVENT,
+    LOCK_SECONDS,
+    MAX_SEQUENCE,
+    Failure,
+    Troubles,
+    amount_of,
+    check_id,
+    check_reserved,
+    connect,
+    decode_event,
+    end_of_events,
+    is_log,
+    is_utf8,
+    leads_to,
+    lock_log,
+    open_regular,
+    say,
+    sentence,
+    sync_file,
+    usable_cores,
+    wait_for,
+    warn,
+)
 
 import fcntl
 import resource
 
 import psycopg2
+import psycopg2.errors
 
-MAX_BODY_BYTES, MAX_LINES = 1024 * 1024, 10_000  # of a request
-MAX_HEAD_BYTES = 64 * 1024  # of a request line and headers; of a chunk's size and trailers
-DECODED_BATCHES = 8  # at once, in each worker, until the log has taken their lines
-GROUP_BYTES = 16 * 1024 * 1024  # of lines that wait for the disk, in each worker, before further ones wait for them
+HELP = """\
+Receive events over HTTP, append them durably to a log, and answer each user's revenue
+from PostgreSQL.
 
-REQUEST_SECONDS = 30  # from a request's first byte to its last
-IDLE_SECONDS = 75  # to take an answer and to begin the next request; load balancers reuse a connection for 60
+The answer 200 is sent only after the event's line was written and synced, so that the
+event survives kill -9 and a power cut.
+
+EVENTS_AUTHORIZATION holds the value that a request's Authorization header must have;
+without it the server takes requests from this machine alone. The database is the one
+that DATABASE_URL or libpq's variables (PGHOST, ...) name; events are taken without one,
+too.
+
+Example: python server.py --port 8080
+"""
+
+# Bounds of one request.
+MAX_BODY_BYTES = 1024 * 1024
+MAX_LINES = 10_000
+# The request line and the headers together; also the size of a chunk, and the trailers.
+MAX_HEAD_BYTES = 64 * 1024
+
+# Bounds of what all requests of a worker hold in memory together.
+# Bodies, from their first byte until the log has taken their lines. What is over it gets 503.
+HELD_BODY_BYTES = 64 * 1024 * 1024
+# Answers that their peers do not read. Who is over it is cut off.
+UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
+# Batches that are decoded and stamped at the same time; further ones wait.
+DECODED_BATCHES = 8
+# Lines that wait for the disk; further ones wait until these are being written.
+GROUP_BYTES = 16 * 1024 * 1024
+# A body is read in pieces of at most that size.
+PIECE_BYTES = 64 * 1024
+
+# A request must be whole so long after its first byte.
+REQUEST_SECONDS = 30
+# A peer may take so long to read an answer and to begin the next request. Load balancers reuse a
+# connection for 60 seconds.
+IDLE_SECONDS = 75
+# A question to the database is answered within that time, if only with 503.
 DATABASE_SECONDS = 2
-# After a refusal, to read on and discard: closing at once could destroy the answer. After a deadline, to send it.
-DRAIN_SECONDS, DRAIN_BYTES = 2, 16 * 1024 * 1024
-STOP_SECONDS, BACKLOG_SECONDS = 10, 1  # at a stop, to finish what was received; of them, to accept from the backlog
-LOCK_PAUSE_SECONDS = 0.0002  # before another attempt to lock the log, which another worker holds for about so long
-PAUSE_SECONDS = 0.005  # before accept() is tried again when connections, descriptors or threads have run out
-RESTART_SECONDS = 0.5  # before a worker is replaced, so that one that crashes at once does not become a fork loop
+# A connection to the database is given up after that time; questions do not wait so long for it.
+CONNECT_SECONDS = 10
+# After a refusal, the rest of the request is read and discarded for so long and up to so many
+# bytes: closing at once could destroy the answer. Whoever is past a deadline has that time to be
+# sent an answer.
+DRAIN_SECONDS = 2
+DRAIN_BYTES = 16 * 1024 * 1024
+# A worker that is told to stop finishes what it received for so long, and takes connections that
+# the kernel has accepted for so much of it.
+STOP_SECONDS = 10
+BACKLOG_SECONDS = 1
+# The parent waits for its workers so much longer, and then kills them.
+KILL_SECONDS = 3
+# How often a worker looks whether its log has failed, of which nothing tells it.
+LOOK_SECONDS = 0.1
+# A worker without room waits so long for a connection to end, or for another worker to take the
+# one that waits.
+PAUSE_SECONDS = 0.005
+# A connection that sent something so recently is not closed to make room: more may be on its way.
+QUIET_SECONDS = 0.2
 
-MAX_CONNECTIONS, DESCRIPTORS = 1000, 2048  # per worker: one each, and some more; further ones wait in the backlog
-BACKLOG = 4096  # the kernel lowers it to its own limit (net.core.somaxconn)
+# Connections of a worker; further ones wait in the backlog until one is closed to make room.
+MAX_CONNECTIONS = 1000
+# The kernel lowers that to its own limit (net.core.somaxconn).
+BACKLOG = 4096
+# Each connection needs a descriptor, and some may be inherited. macOS allows 256 at first.
+DESCRIPTORS = 8192
 
-EXIT_SYNC_FAILED = 3  # status of a worker whose log can no longer be trusted; the parent then stops the server
-NO_SPACE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+# A worker that died is replaced after that pause.
+RESTART_SECONDS = 0.5
+# When so many workers in a row died so soon after their start, the next ones would, too.
+QUICK_DEATH_SECONDS = 1
+QUICK_DEATHS = 5
+# Exit status of a worker whose log can no longer be trusted. The parent then stops the server.
+EXIT_SYNC_FAILED = 3
+
+# The disk is full, or a limit of it is reached.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A connection could not be accepted: descriptors or memory have run out.
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-# ---- The log --------------------------------------------------------------------------------------------------------
+def report_bug():
+    """Print the traceback of the exception that is being handled: only a bug can have raised it."""
+    for line in traceback.format_exc().splitlines():
+        warn(line)
+
+
+# ---- Work that is shared ------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """Somebody's share in a round."""
+
+    item: object  # what is to be done
+    answer: object  # a function of its outcome, which neither waits nor prints
+
+
+class Rounds:
+    """Work in rounds: whoever comes while a round is under way shares the next one.
+
+    The first thread that comes for a round works for all of its members and calls their answers;
+    the others return at once. That is the reason: if each of them were woken to send its own
+    answer, a third fewer requests would be served. It is also the price: an answer is sent by a
+    thread that holds up everyone else's, so it must not wait.
+    """
+
+    def __init__(self, work, limit=math.inf):
+        """Prepare rounds of work(members), which gives each of them an outcome with tell().
+
+        Once the sizes of a round's members reach limit, further ones wait until it has begun.
+        """
+        self._work = work
+        self._limit = limit
+        self._lock = threading.Condition(threading.Lock())  # guards the next two
+        self._members = []  # of the next round
+        self._size = 0  # of these members together
+        self._turn = threading.Lock()  # held by the thread that works
+        self._bugs = []  # tracebacks; touched by the thread that works alone
+
+    def join(self, item, answer, size=1):
+        """Have item done and its outcome given to answer. Return what work returned if it was
+        done by this thread, else None."""
+        with self._lock:
+            self._lock.wait_for(self._has_room)
+            self._members.append(Member(item, answer))
+            self._size += size
+            if len(self._members) > 1:
+                return None
+        with self._turn:
+            members = self._begin()  # with all who came during the previous round
+            report = self._work(members)
+            bugs = self._bugs
+            self._bugs = []
+        for bug in bugs:
+            warn(bug)
+        return report
+
+    def _has_room(self):
+        return self._size < self._limit
+
+    def _begin(self):
+        """Return the members of the next round; whoever comes from now on is in the one after."""
+        with self._lock:
+            members = self._members
+            self._members = []
+            self._size = 0
+            self._lock.notify_all()
+        return members
+
+    def tell(self, member, outcome):
+        """Give a member its outcome. An answer that fails costs nobody else theirs."""
+        try:
+            member.answer(outcome)
+        except Exception:
+            self._bugs.extend(traceback.format_exc().splitlines())
+
+
+# ---- Lines of events ----------------------------------------------------------------------------
+
+PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % EVENT)
+
+
+class EventId(NamedTuple):
+    """The id of an event, or of the first one of consecutive events."""
+
+    producer: str
+    sequence: int
+
+
+class Lines(NamedTuple):
+    """Consecutive lines of a batch that are events."""
+
+    index: int  # of the first one, counted from 0
+    text: bytes  # each with its LF
+
+
+class Judgement(NamedTuple):
+    """What is right and what is wrong with a batch."""
+
+    accepted: list  # of Lines
+    events: int  # how many these are
+    rejected: list  # of {"line": its number, counted from 1, "error": words}
+
+
+def is_plain(lines):
+    """Tell whether each of the lines, which end with LF, is an event as everyone prints it."""
+    match = PLAIN_EVENTS.match(lines)
+    return match is not None and match.end() == len(lines) and is_utf8(lines)
+
+
+def judge_event(body):
+    """Return the one event in body as a line with its LF, or raise ValueError in words for its
+    sender. Line ends around its tokens become spaces, and white space after it is dropped."""
+    if b"\n" not in body and is_plain(body + b"\n"):
+        return body + b"\n"
+    check_event(body)
+    return body.rstrip().replace(b"\r", b" ").replace(b"\n", b" ") + b"\n"
+
+
+def check_event(text):
+    """Raise ValueError, in words for its sender, unless text is an event that may be sent."""
+    event = decode_event(text)
+    amount_of(event)
+    check_reserved(event)
+
+
+def judge_batch(body):
+    """Return the Judgement of a body with an event a line; blank lines are skipped."""
+    if is_plain(body + b"\n"):
+        events = body.count(b"\n") + 1
+        return Judgement([Lines(0, body + b"\n")], events, [])
+    accepted = []
+    rejected = []
+    for index, line in enumerate(body.split(b"\n")):
+        if not line.strip():
+            continue
+        try:
+            accepted.append(Lines(index, judge_event(line)))
+        except ValueError as error:
+            # Only its words are kept: an exception drags its frames along.
+            rejected.append({"line": index + 1, "error": str(error)})
+    return Judgement(accepted, len(accepted), rejected)
+
+
+def stamp(lines, first):
+    """Return lines (each an object and LF) with consecutive event ids, from first on, put into
+    them."""
+    # b'{...}\n{...}\n' becomes the template b'{..., "sequence": %d}\n{..., "sequence": %d}\n'.
+    end = b', "producerId": "%b", "sequence": %%d}\n' % first.producer.encode()
+    template = lines.replace(b"%", b"%%").replace(b"}\n", end)
+    count = lines.count(b"\n")
+    sequences = range(first.sequence, first.sequence + count)
+    return template % tuple(sequences)
+
+
+def add_log_field(lines):
+    """Return stamped lines with a random field "log" in the first one's stamp.
+
+    The processor recognises a log by its first line: no two logs may begin alike.
+    """
+    end = lines.index(b"\n")
+    at = lines.rindex(b', "producerId": ', 0, end)
+    field = b', "log": "%b"' % secrets.token_hex(16).encode()
+    return lines[:at] + field + lines[at:]
+
+
+# ---- The log ------------------------------------------------------------------------------------
+
+UNCERTAIN = (
+    "the lines of this request may or may not count, so only a sender that gives event ids may "
+    "send it again"
+)
+
+
+class Waiting(NamedTuple):
+    """Lines that wait for the disk."""
+
+    text: bytes
+    deadline: float  # until then the log's lock is waited for, in seconds of time.monotonic
+
+
+class Written(NamedTuple):
+    """What came of a round, to be printed when nobody waits for the thread that does it."""
+
+    error: object  # the exception that kept the lines from being durable, or None
+    remark: str  # what was mended in the log, or ""
+
 
 class LogWriter:
-    """The log as one worker process appends to it; the other workers append to the same file."""
+    """The log as one worker appends to it; the other workers append to the same file.
+
+    What a round needs (_fd and _remark) is touched by the thread whose round it is alone.
+    """
 
     def __init__(self, path):
         self.path = path
-        self.failed = None  # the error of a sync, after which this process writes nothing more
-        self._fd = None  # opened by this process: the lock of an inherited descriptor would not exclude the others
-        self._group = []  # [(lines, done)] that are written and synced together next
-        self._group_bytes = 0
-        self._group_lock = threading.Condition(threading.Lock())  # guards these two; notified when a group is closed
-        self._file_lock = threading.Lock()  # held by the one thread that writes
+        self.failed = None  # why this process writes nothing more; any thread may read it
+        self._rounds = Rounds(self._write_round, GROUP_BYTES)
         self._troubles = Troubles()
+        # Opened by this process: the lock of an inherited descriptor would not exclude the others.
+        self._fd = None
+        self._remark = ""
 
-    def append(self, lines, done):
-        """Make lines (bytes, whole lines) durable, then call done(None); if that fails, call done(error): the lines
-        must not be acknowledged.
+    def append(self, lines, answer):
+        """Make lines (bytes, whole lines) durable, then call answer(None), or answer(error): then
+        they must not be acknowledged."""
+        waiting = Waiting(lines, time.monotonic() + LOCK_SECONDS)
+        written = self._rounds.join(waiting, answer, len(lines))
+        if written is None:
+            return  # another thread does it, and has the last word
+        if written.remark:
+            warn(f"{self.path}: {written.remark}")
+        if written.error is None:
+            self._troubles.end(self.path, "the log can be written again.")
+            return
+        words = f"the log cannot be written: {sentence(written.error)}."
+        if self.failed:
+            words += (
+                " The server ends. Look at the end of the log, then rename it to a name that the "
+                f"processor reads, such as {self.path}.1, and start the server again."
+            )
+        self._troubles.begin(self.path, words)
 
-        The first thread of a group writes for all of it and calls every done; the others return at once. (If each of
-        them were woken to send its own answer, a third fewer requests would be served.)
-        """
-        with self._group_lock:
-            self._group_lock.wait_for(lambda: self._group_bytes < GROUP_BYTES)
-            self._group.append((lines, done))
-            self._group_bytes += len(lines)
-            if len(self._group) > 1:
-                return
-        with self._file_lock:
-            with self._group_lock:  # only now, so that the group includes everyone who came during the previous sync
-                group, self._group, self._group_bytes = self._group, [], 0
-                self._group_lock.notify_all()
-            error = self._write(group)
-            for _, done in group:  # before the next group is written, so that these peers' next requests can join it
-                try:
-                    done(error)
-                except Exception:  # one answer that fails must not cost the others theirs
-                    sys.excepthook(*sys.exc_info())
-
-    def _write(self, group):
-        """Make the lines of a group durable and return None, or return the exception that prevented it."""
+    def _write_round(self, members):
+        """Make the lines of a round durable and tell its members; return what is to be said."""
+        self._remark = ""
+        error = None
         try:
-            data = b"".join([lines for lines, _ in group])
-            end = self._lock()
-            # The processor recognises a log by its first line, which gets a random field.
-            try:
-                self._write_all(add_log_field(data) if data and end == 0 else data)
-            except OSError:
-                os.ftruncate(self._fd, end)  # the disk is full: what was written will not be acknowledged
-                raise
-            fcntl.flock(self._fd, fcntl.LOCK_UN)  # other workers may write now: the sync takes the whole file
-            self._sync(sync_file, self._fd)
-        except Exception as error:
-            with contextlib.suppress(OSError, TypeError):  # it cannot be unlocked, or it could not even be opened
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-            self._troubles.begin(self.path, f"the log cannot be written: {sentence(error)}.")
-            return error
-        self._troubles.end(self.path, "the log can be written again.")
-        return None
+            self._write(members)
+        except Exception as caught:  # also MemoryError: everyone gets an answer
+            error = caught
+            self._close()  # which releases the lock
+        # Before the next round, so that the next requests of these peers can share it.
+        for member in members:
+            self._rounds.tell(member, error)
+        return Written(error, self._remark)
 
-    def _write_all(self, data):
-        while data:
-            data = data[os.write(self._fd, data):]
+    def _write(self, members):
+        """Make the lines of a round durable, or raise the reason why they are not."""
+        data = b"".join([member.item.text for member in members])
+        first = members[0].item  # who came first has waited longest
+        end = self._open_locked(first.deadline)
+        if end == 0:
+            data = add_log_field(data)
+        try:
+            write_all(self._fd, data)
+        except OSError:
+            self._take_back(end)
+            raise
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # others may write now: the sync takes it all
+        except OSError as error:
+            raise OSError(errno.EIO, f"{sentence(error)}; {UNCERTAIN}") from None
+        try:
+            sync_file(self._fd)
+        except OSError as error:
+            raise self._fail(error) from None
 
-    def _lock(self):
-        """Open and lock the file to which path leads, and return where its last line ends. The lock of a file that was
-        renamed is not waited for: a stopped processor or an administrator may hold it for ever."""
+    def _open_locked(self, deadline):
+        """Open and lock the file that path leads to, wait for its lock until the deadline, and
+        return where its last line ends. Or raise OSError."""
         while not self.failed:
             if self._fd is None:
                 self._fd = self.open()
-            end = None
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                end = self._end_last_line()  # of a renamed file, too: it may be concatenated with others
-            if not leads_to(self.path, self._fd):
-                fd, self._fd = self._fd, None
-                os.close(fd)
-            elif end is not None:
-                return end
-            else:
-                time.sleep(LOCK_PAUSE_SECONDS)
-        raise self.failed
+            patience = max(0, deadline - time.monotonic())
+            locked = lock_log(self.path, self._fd, fcntl.LOCK_EX, patience)
+            if locked:
+                end = self._end_last_line()  # of a renamed file, too: it may be concatenated
+                if leads_to(self.path, self._fd):
+                    return end
+            self._close()  # it was renamed or removed
+        raise OSError(errno.EIO, self.failed)
 
     def _end_last_line(self):
-        """Make the file end with a whole line, and return its end. What follows the last LF was never acknowledged: cut
-        it off, unless it is a whole event, which the processor may have counted and which gets its LF."""
+        """Make the locked file end with a whole line, and return its end.
+
+        What follows the last LF was never acknowledged: cut it off, unless it is a whole event,
+        which the processor may have counted. That gets its LF.
+        """
         size = os.fstat(self._fd).st_size
         if size == 0 or os.pread(self._fd, 1, size - 1) == b"\n":
             return size
         end = end_of_events(self._fd, size)
         if end == size:
-            self._write_all(b"\n")
+            write_all(self._fd, b"\n")
             return size + 1
         os.ftruncate(self._fd, end)
-        warn(f"{self.path}: cut off {size - end} bytes of an unfinished line at byte {end}.")
+        self._remark = f"cut off {size - end} bytes of an unfinished line at byte {end}."
         return end
 
+    def _take_back(self, end):
+        """Cut off what a failed write left after end: it will not be acknowledged."""
+        try:
+            os.ftruncate(self._fd, end)
+        except OSError as error:
+            raise OSError(errno.EIO, f"{sentence(error)}; {UNCERTAIN}") from None
+
+    def _fail(self, error):
+        """Write nothing more: after a failed sync the kernel may have dropped what was written,
+        and a second sync could lie. Return the exception for those who wait."""
+        self.failed = f"a sync failed ({sentence(error)}); {UNCERTAIN}"
+        return OSError(errno.EIO, self.failed)
+
+    def _close(self):
+        """Close the file, which also releases its lock."""
+        if self._fd is None:
+            return
+        fd = self._fd
+        self._fd = None
+        with contextlib.suppress(OSError):  # nothing that was acknowledged depends on it
+            os.close(fd)
+
     def open(self):
-        """Open the log, creating it when it is missing, make its name durable, and return its descriptor; or raise
-        OSError."""
+        """Open the log, creating it when it is missing, and make its name durable. Return its
+        descriptor; or raise OSError, also when it is somebody's file."""
         directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
         try:
             fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-            self._sync(os.fsync, directory, harmless=(errno.EINVAL, errno.ENOTSUP))  # a file system without
+            try:
+                if not is_log(fd):
+                    words = "its first line is no event, so it is no log, and is left as it is"
+                    raise OSError(errno.EINVAL, words, self.path)
+                self._sync_directory(directory)
+            except BaseException:
+                os.close(fd)
+                raise
         finally:
             os.close(directory)
         return fd
 
-    def _sync(self, sync, fd, harmless=()):
-        """Call sync(fd). If it fails, with another error than the harmless ones, nothing is written any more: the
-        kernel may have dropped what was written, and a second sync could then lie."""
+    def _sync_directory(self, directory):
+        """Make the names in the directory durable, or raise OSError."""
         try:
-            sync(fd)
+            os.fsync(directory)
         except OSError as error:
-            if error.errno not in harmless:
-                self.failed = OSError(errno.EIO, f"a sync failed ({error.strerror}), and its last lines may not be on "
-                                      "the disk. Move the log aside before you start the server again")
-                raise self.failed from error
+            # Some file systems cannot sync directories, which is no failure.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise self._fail(error) from None
+
+    def check(self):
+        """Raise OSError if the log cannot be opened and synced."""
+        fd = self.open()
+        try:
+            sync_file(fd)
+        finally:
+            os.close(fd)
 
 
-# ---- The database ---------------------------------------------------------------------------------------------------
+def write_all(fd, data):
+    """Write all of data to fd, or raise OSError, when a part of it may be written."""
+    left = memoryview(data)
+    while left:
+        written = os.write(fd, left)
+        left = left[written:]
+
+
+# ---- The database -------------------------------------------------------------------------------
+
+# A longer user id, or one with a NUL, is no event's: nothing needs to be asked.
+MAX_USER_CHARACTERS = 255
+
+
+class Question(NamedTuple):
+    """A question for a user's revenue."""
+
+    user: str
+    deadline: float  # when it must have its answer, in seconds of time.monotonic
+
+
+class NoRevenue(Failure):
+    """The database did not say in time whether a user has revenue."""
+
 
 class Database:
-    """One connection, used by one thread of its own, so that a database that hangs holds up nothing else."""
+    """Users' revenue. Questions come in rounds, one query each, on one connection.
 
-    # One round trip and one transaction, with which the setting ends: a pooler may share the connection.
+    _connection and _opening are touched by the thread whose round it is alone.
+    """
+
+    # One round trip and one transaction, with which the setting ends: a pooler may share the
+    # connection. The limit frees the database of queries that nobody waits for any more.
     QUERY = f"""
         SET LOCAL statement_timeout = {DATABASE_SECONDS * 1000};
-        SELECT (SELECT trim_scale(revenue)::text FROM users_revenue WHERE user_id = %s)"""
+        SELECT user_id, trim_scale(revenue)::text FROM users_revenue WHERE user_id = ANY (%s)"""
 
     def __init__(self):
-        self._connection = None
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._rounds = Rounds(self._answer_round)
         self._troubles = Troubles()
+        self._connection = None  # an asynchronous one, so that a round can keep its deadlines
+        self._opening = None  # the Future of a connection that is being made by its own thread
 
-    def revenue(self, user):
-        """Return the user's revenue as exact decimal text, or None without any; raise Failure if the database gives no
-        answer within DATABASE_SECONDS."""
+    def find_revenue(self, user, answer):
+        """Call answer(revenue), exact decimal text or None for a user without any, or
+        answer(NoRevenue), within DATABASE_SECONDS."""
+        if len(user) > MAX_USER_CHARACTERS or "\0" in user:
+            answer(None)
+            return
+        question = Question(user, time.monotonic() + DATABASE_SECONDS)
+        reason = self._rounds.join(question, answer)
+        if reason is None:
+            return  # another thread asks, and has the last word
+        if reason:
+            self._troubles.begin("The database", f"{reason}.")
+        else:
+            self._troubles.end("The database", "it answers again.")
+
+    def _answer_round(self, members):
+        """Answer the members of a round; return why the database did not, or ""."""
+        waiting = collections.deque(members)
         try:
-            query = self._thread.submit(self._query, user)  # or RuntimeError: no more threads
-            answered, _ = concurrent.futures.wait([query], DATABASE_SECONDS)
-            query.cancel()  # if it has not begun: no queue grows behind one that hangs
-            if not answered:
-                raise Failure(f"no answer within {DATABASE_SECONDS} seconds")
-            revenue = query.result()
-        except (psycopg2.Error, Failure, RuntimeError) as error:
-            self._troubles.begin("The database", f"{sentence(error)}.")
-            raise Failure("the database does not answer") from None
-        self._troubles.end("The database", "it answers again.")
-        return revenue
+            revenues = self._query(waiting)
+        except Exception as error:  # whatever it is: everyone gets an answer
+            self._disconnect()
+            for member in waiting:
+                self._rounds.tell(member, NoRevenue())
+            return sentence(error)
+        for member in waiting:
+            self._rounds.tell(member, revenues.get(member.item.user))
+        if len(waiting) < len(members):
+            return str(too_late())
+        return ""
 
-    def _query(self, user):
-        fresh = self._connection is None or self._connection.closed
-        if fresh:
-            # tcp_user_timeout: when the database's host vanishes, nobody is left to enforce statement_timeout.
-            self._connection = connect(connect_timeout=DATABASE_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000)
-            self._connection.autocommit = True
+    def _query(self, waiting):
+        """Return {user: revenue} of the users for whom somebody waits, or raise the reason why
+        that is not possible. A connection that was lost is replaced, once."""
+        replaced = False
+        while True:
+            if self._connection is None:
+                self._connection = self._open(waiting)
+            try:
+                return self._select(waiting)
+            except psycopg2.errors.QueryCanceled:
+                raise
+            except (psycopg2.OperationalError, psycopg2.InterfaceError):
+                if replaced:
+                    raise
+            self._disconnect()  # the database was restarted, perhaps
+            replaced = True
+
+    def _select(self, waiting):
+        """Run the query on the connection, with the result and the exceptions of _query."""
+        users = list({member.item.user for member in waiting})
         try:
             with self._connection.cursor() as sql:
-                sql.execute(self.QUERY, [user])
-                return sql.fetchone()[0]
+                sql.execute(self.QUERY, [users])
+                self._wait(functools.partial(wait_for, self._connection), waiting)
+                return dict(sql.fetchall())
         except psycopg2.errors.UndefinedTable:
-            return None
-        except psycopg2.Error as error:
+            return {}  # before the tables exist, no user has revenue
+
+    def _open(self, waiting):
+        """Return a new connection, or raise the reason why there is none.
+
+        It is made by a thread of its own: looking up a name can take long, and nobody can
+        interrupt it. A later round finds the connection that came too late for this one.
+        """
+        opening = self._opening
+        if opening is None or has_failed(opening):
+            opening = concurrent.futures.Future()
+            thread = threading.Thread(target=open_connection, args=[opening], daemon=True)
+            thread.start()
+            self._opening = opening
+        self._wait(functools.partial(wait_for_future, opening), waiting)
+        self._opening = None
+        return opening.result()
+
+    def _wait(self, wait, waiting):
+        """Call wait(deadline) until it returns, and refuse those whose own deadline passes
+        meanwhile. Raise Failure when nobody waits any more."""
+        while waiting:
+            try:
+                wait(waiting[0].item.deadline)
+                return
+            except TimeoutError:
+                now = time.monotonic()
+                while waiting and waiting[0].item.deadline <= now:
+                    self._rounds.tell(waiting.popleft(), NoRevenue())
+        raise too_late()
+
+    def _disconnect(self):
+        """Close the connection, if there is one."""
+        if self._connection is not None:
             self._connection.close()
-            if fresh or isinstance(error, psycopg2.errors.QueryCanceled):
-                raise
-        return self._query(user)  # the database was restarted, perhaps
+            self._connection = None
 
 
-# ---- HTTP -----------------------------------------------------------------------------------------------------------
+def too_late():
+    """Return the exception for a database that took too long."""
+    return Failure(f"no answer within {DATABASE_SECONDS} seconds")
 
-# A HEADER is a line, HEADERS are all of them with the empty line. Groups of a HEAD: method, target, version, HEADERS.
-# A CHUNK is the line of its size; the last one has trailers, which look like HEADERS. ONCE must not be repeated.
+
+def open_connection(opening):
+    """Connect to the database, and give the Future opening the connection or the reason why there
+    is none."""
+    try:
+        # tcp_user_timeout: when an address is dead, libpq goes on to the next one.
+        connection = connect(async_=True, tcp_user_timeout=DATABASE_SECONDS * 1000 // 2)
+        try:
+            wait_for(connection, time.monotonic() + CONNECT_SECONDS)
+        except BaseException:
+            connection.close()
+            raise
+    except TimeoutError:
+        opening.set_exception(Failure(f"no connection within {CONNECT_SECONDS} seconds"))
+    except BaseException as error:
+        opening.set_exception(error)
+    else:
+        opening.set_result(connection)
+
+
+def has_failed(future):
+    """Tell whether what the Future stands for is over, and has failed."""
+    return future.done() and future.exception() is not None
+
+
+def wait_for_future(future, deadline):
+    """Return when the Future is done, or raise TimeoutError at the deadline."""
+    left = max(0, deadline - time.monotonic())
+    done, _ = concurrent.futures.wait([future], left)
+    if not done:
+        raise TimeoutError
+
+
+# ---- Requests, as they are read -----------------------------------------------------------------
+
+# The rules of RFC 9110 and 9112. A field is a line of the headers or of the trailers.
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-HEADER = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
-HEADERS = rf"((?:{HEADER.pattern})*+)\r\n"
-HEAD = re.compile(rf"(?:\r\n)?({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[0-9]\.[0-9])\r\n{HEADERS}")
-CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;[^\0\r\n]*)?\r\n(?:{HEADERS})?")
-ABSOLUTE_FORM = re.compile(r"(?i)https?://([^/?#]*)(/.*)")
-LOOPBACK_HOST = re.compile(r"(?i)(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?")
-ONCE = {"host", "authorization", "content-length", "transfer-encoding", "content-type", "content-encoding",
-        "producer-id", "sequence", "expect"}
+VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
+FIELD = re.compile(rf"(?P<name>{TOKEN}):(?P<value>{VALUE})\r\n")
+FIELDS = rf"(?:{TOKEN}:{VALUE}\r\n)*+"
+# An empty line before a request is skipped: some clients send one too many after a body.
+HEAD = re.compile(
+    rf"(?:\r\n)?(?P<command>{TOKEN}) (?P<target>[!-~\x80-\xff]+) (?P<version>HTTP/[0-9]\.[0-9])\r\n"
+    rf"(?P<fields>{FIELDS})\r\n"
+)
+CHUNK_SIZE = re.compile(r"(?P<size>[0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
+TRAILERS = re.compile(rf"{FIELDS}\r\n")
+ABSOLUTE_FORM = re.compile(r"(?i)https?://(?P<host>[^/?#]*)(?P<path>/.*)")
 
-METHODS = {"/liveEvent": "POST, OPTIONS", "/userEvents/": "GET, HEAD", "/health": "GET, HEAD"}
-JSON, NDJSON = "application/json", "application/x-ndjson"
+# Fields that may stand once in a request.
+SINGLE_FIELDS = {
+    "host",
+    "authorization",
+    "content-length",
+    "transfer-encoding",
+    "content-type",
+    "content-encoding",
+    "producer-id",
+    "sequence",
+    "expect",
+}
+
+# Addresses of this machine, as a Host or an Origin gives them.
+LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?"
+LOOPBACK_HOST = re.compile(rf"(?i){LOOPBACK}")
+LOOPBACK_ORIGIN = re.compile(rf"(?i)https?://{LOOPBACK}")
+# Fields that a proxy adds; so do those whose names begin with PROXY_PREFIX.
+PROXY_FIELDS = {"forwarded", "via", "x-real-ip"}
+PROXY_PREFIX = "x-forwarded"
+
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
 ACCEPT_POST = {"Accept-Post": f"{JSON}, {NDJSON}"}
-TOO_LARGE = 413, f"the body must be at most {MAX_BODY_BYTES:,} bytes long"
-NOT_WHOLE = 408, f"the request ended early or took longer than {REQUEST_SECONDS} seconds"
-
-http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 class Refusal(Exception):
-    """A request that is answered with an error: its status, the words for its sender, and headers, if any."""
+    """A request that is answered with an error."""
+
+    def __init__(self, status, words, headers=None):
+        super().__init__(status, words)
+        self.status = status
+        self.words = words  # for the sender
+        self.headers = headers or {}  # of the answer
 
 
-def require(condition, *answer):
-    """Raise Refusal unless condition holds."""
-    if not condition:
-        raise Refusal(*answer)
+def too_large():
+    """Return the Refusal of a body that is too long."""
+    return Refusal(413, f"the body must be at most {MAX_BODY_BYTES:,} bytes long")
 
 
-def check_lines(body, count):
-    """Return the events in body, which has count lines, as {index of a line: that line}, how many they are, and what is
-    wrong with the others, as [{"line": number, "error": words}]; blank lines are skipped. If all lines are plain, the
-    first one's entry holds them all.
+def not_whole():
+    """Return the Refusal of a request whose end did not come."""
+    return Refusal(408, f"the request ended early or took longer than {REQUEST_SECONDS} seconds")
 
-    With count 1, body is one event, however many line ends stand around its tokens: two events in it are none.
+
+class Headers(dict):
+    """{name: value}, with names in lower case; like those of http.server, they are found in any
+    case. The values of a repeated field are joined."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name):
+        return super().__contains__(name.lower())
+
+    def get(self, name, default=None):
+        return super().get(name.lower(), default)
+
+
+class Request(NamedTuple):
+    """The head of a request."""
+
+    command: str  # GET
+    path: str  # with a query, as it was sent
+    version: str  # HTTP/1.1
+    headers: Headers
+
+
+class Framing(NamedTuple):
+    """Where the body of a request ends."""
+
+    length: int | None  # its bytes; None without a Content-Length
+    chunked: bool
+
+
+def read_request(rfile):
+    """Read the head of a request, and return it; or raise Refusal."""
+    head = HEAD.fullmatch(read_lines(rfile))
+    if head is None:
+        raise Refusal(400, "malformed request line or header")
+    version = head["version"]
+    if not version.startswith("HTTP/1."):
+        raise Refusal(505, "the server speaks HTTP/1.1")
+    headers = Headers()
+    for name, value in FIELD.findall(head["fields"]):
+        name = name.lower()
+        value = value.strip(" \t")
+        if name in headers:
+            if name in SINGLE_FIELDS:
+                raise Refusal(400, "a header is repeated that must stand once")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    if version != "HTTP/1.0" and "host" not in headers:
+        raise Refusal(400, "the Host header is missing")
+    path = head["target"]
+    absolute = ABSOLUTE_FORM.fullmatch(path)
+    if absolute is not None:  # RFC 9112, 3.2.2: it overrides Host
+        headers["host"] = absolute["host"]
+        path = absolute["path"]
+    return Request(head["command"], path, version, headers)
+
+
+def read_lines(rfile, first=""):
+    """Return first, which is nothing or a line, and the lines after it up to an empty one, or
+    raise Refusal.
+
+    An empty line before all others does not end them. Bare line feeds do: they make a malformed
+    head, which must be refused and not waited for.
     """
-    if is_plain(body + b"\n") and (count > 1 or b"\n" not in body):
-        return {0: body + b"\n"}, count, []
-    accepted, rejected = {}, []
-    for index, line in enumerate(body.split(b"\n", count - 1)):
-        try:
-            if line.strip():
-                if b"\n" in line or not is_plain(line + b"\n"):
-                    check_event(line)
-                accepted[index] = as_line(line) + b"\n"
-        except ValueError as error:  # only its words are kept: an exception drags its frames along
-            rejected.append({"line": index + 1, "error": str(error)})
-    return accepted, len(accepted), rejected
+    text = first
+    while not text.endswith(("\n\r\n", "\n\n")):
+        status = 414  # the request line is too long
+        if text:
+            status = 431
+        text += read_line(rfile, MAX_HEAD_BYTES - len(text), status)
+    return text
+
+
+def read_line(rfile, limit, too_long):
+    """Return the next line, or raise Refusal, with the status too_long if it has more than limit
+    bytes."""
+    line = rfile.readline(limit)
+    if line.endswith(b"\n"):
+        return line.decode("latin-1")
+    if len(line) < limit:
+        raise not_whole()
+    raise Refusal(too_long, "the request line, the headers or a chunk's size are too long")
+
+
+def find_framing(request):
+    """Return how the body of a request is framed, or raise Refusal (RFC 9112, 6.3)."""
+    coding = request.headers.get("transfer-encoding")
+    length = request.headers.get("content-length")
+    if coding is not None:
+        known = coding.lower() == "chunked" and request.version != "HTTP/1.0"
+        if length is not None or not known:
+            words = "a body must have either one Content-Length or, in HTTP/1.1, "
+            raise Refusal(400, words + "Transfer-Encoding: chunked")
+        return Framing(None, True)
+    if length is None:
+        return Framing(None, False)
+    if re.fullmatch("[0-9]+", length) is None:
+        raise Refusal(400, "malformed Content-Length")
+    # Sixteen digits already exceed every limit, and int() refuses more than 4,300.
+    digits = length.lstrip("0")[:16]
+    return Framing(int(digits or "0"), False)
+
+
+def read_body(rfile, framing, hold):
+    """Read a body, and return it without its framing. Call hold(count) for each piece of so many
+    bytes, which may refuse them. Or raise Refusal."""
+    if framing.chunked:
+        return read_chunks(rfile, hold)
+    return read_exactly(rfile, framing.length, hold)
+
+
+def read_exactly(rfile, length, hold):
+    """Return length bytes, or raise Refusal."""
+    pieces = []
+    left = length
+    while left:
+        piece = rfile.read1(min(left, PIECE_BYTES))
+        if not piece:
+            raise not_whole()
+        hold(len(piece))
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
+
+
+def read_chunks(rfile, hold):
+    """Return the body of a chunked request (RFC 9112, 7.1), or raise Refusal. Extensions and
+    trailers are read and dropped."""
+    body = bytearray()
+    while True:
+        line = read_line(rfile, MAX_HEAD_BYTES, 400)
+        match = CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise Refusal(400, "malformed chunk size")
+        size = int(match["size"], 16)
+        if size == 0:
+            break
+        if len(body) + size > MAX_BODY_BYTES:
+            raise too_large()
+        body += read_exactly(rfile, size, hold)
+        if read_exactly(rfile, 2, hold) != b"\r\n":
+            raise Refusal(400, "a chunk is longer than its size")
+    trailers = read_lines(rfile, line).removeprefix(line)
+    if TRAILERS.fullmatch(trailers) is None:
+        raise Refusal(400, "malformed trailer")
+    return bytes(body)
+
+
+def check_local(headers):
+    """Raise Refusal if a request shows that it comes from elsewhere than this machine.
+
+    A web page can make a local browser send requests here under the page's own host name (DNS
+    rebinding), and a proxy on this machine passes on what comes from anywhere.
+    """
+    foreign = ""
+    if LOOPBACK_HOST.fullmatch(headers.get("host", "")) is None:
+        foreign = "its Host is not localhost or a loopback address"
+    elif LOOPBACK_ORIGIN.fullmatch(headers.get("origin", "http://localhost")) is None:
+        foreign = "its Origin is not localhost or a loopback address"
+    else:
+        for name in headers:
+            if name in PROXY_FIELDS or name.startswith(PROXY_PREFIX):
+                foreign = f"its field {name} shows a proxy"
+    if foreign:
+        words = f"the request does not come from this machine: {foreign}. For such requests, set "
+        raise Refusal(421, words + "EVENTS_AUTHORIZATION for the server")
+
+
+def check_authorization(headers, secret):
+    """Raise Refusal unless the request has the secret (bytes)."""
+    given = headers.get("authorization", "").encode("latin-1")
+    if not hmac.compare_digest(given, secret):
+        words = "the Authorization header is missing or wrong"
+        raise Refusal(401, words, {"WWW-Authenticate": "Bearer"})
+
+
+def read_media_type(headers):
+    """Return JSON or NDJSON, or raise Refusal."""
+    media, _, _ = headers.get("content-type", "").partition(";")
+    media = media.strip().lower()
+    if media not in (JSON, NDJSON):
+        raise Refusal(415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST)
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        advice = {"Accept-Encoding": "identity", **ACCEPT_POST}
+        raise Refusal(415, "the body must not be compressed", advice)
+    return media
+
+
+def read_event_id(headers):
+    """Return the EventId that the sender gave to the first line, None without one; or raise
+    Refusal."""
+    producer = headers.get("producer-id")
+    digits = headers.get("sequence")
+    if producer is None and digits is None:
+        return None
+    sequence = None
+    if digits is not None and re.fullmatch("[0-9]{1,16}", digits):
+        sequence = int(digits)
+    try:
+        check_id(producer, sequence)
+    except ValueError as error:
+        words = f"both Producer-Id and Sequence are needed, or neither: {error}"
+        raise Refusal(400, words) from None
+    return EventId(producer, sequence)
+
+
+def read_user(path):
+    """Return the user id in /userEvents/<user id>, or raise Refusal."""
+    encoded = path.removeprefix("/userEvents/")
+    words = "the userId must be percent-encoded UTF-8"
+    if re.search("%(?![0-9A-Fa-f]{2})", encoded):
+        raise Refusal(400, words)
+    try:
+        return urllib.parse.unquote_to_bytes(encoded.encode("latin-1")).decode()
+    except UnicodeDecodeError:
+        raise Refusal(400, words) from None
+
+
+# ---- Their answers ------------------------------------------------------------------------------
+
+METHODS = {
+    "/liveEvent": ("POST", "OPTIONS"),
+    "/userEvents/": ("GET", "HEAD"),
+    "/health": ("GET", "HEAD"),
+}
+
+
+@functools.lru_cache(maxsize=1)  # for the answers of one second
+def http_date(second):
+    """Return the second (of time.time) as HTTP writes it."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+class Connection:
+    """What a worker knows of a connection. Any thread may read the fields; each says who writes."""
+
+    def __init__(self, wire):
+        self.socket = wire
+        # When bytes last came, in seconds of time.monotonic. The handler's thread writes it.
+        self.received = time.monotonic()
+        # When the connection is cut off; math.inf while the server works on a whole request. The
+        # handler's thread writes it until it hands a request over, then the one that answers.
+        self.deadline = self.received + IDLE_SECONDS
+        # Set while no answer is owed. The handler's thread clears it when a request begins, and
+        # the thread that sent the answer sets it.
+        self.answered = threading.Event()
+        self.answered.set()
+        # The peer does not read its answer, which a thread of its own goes on sending. The thread
+        # that answers writes it.
+        self.is_slow = False
+        # The connection ends with its next answer, or at once if none is owed. The worker's main
+        # thread writes it.
+        self.is_leaving = False
+
+    def leave(self):
+        """End the connection politely: what it has received is answered."""
+        self.is_leaving = True
+        if self.is_slow:
+            self.shut(socket.SHUT_RDWR)
+        else:
+            self.shut(socket.SHUT_RD)
+
+    def cut_off(self, overdue):
+        """End a connection that is overdue by so many seconds: at first its reading alone, so
+        that it can still be sent an answer."""
+        if overdue < DRAIN_SECONDS:
+            self.shut(socket.SHUT_RD)
+        else:
+            self.shut(socket.SHUT_RDWR)
+
+    def shut(self, how):
+        """Shut a direction of the socket, or both; never raise."""
+        with contextlib.suppress(OSError):  # it is closed already
+            self.socket.shutdown(how)
+
+
+class Incoming(io.RawIOBase):
+    """What a connection receives. It notes when that was."""
+
+    def __init__(self, connection):
+        super().__init__()
+        self._connection = connection
+        self._receive = connection.socket.recv_into
+
+    def readable(self):
+        """Tell io.BufferedReader that this can be read."""
+        return True
+
+    def readinto(self, buffer):
+        """Wait for bytes, put them into buffer and return their number, 0 at the end."""
+        count = self._receive(buffer)
+        self._connection.received = time.monotonic()
+        return count
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Every request is read with strict framing (RFC 9112) and answered in one send."""
+    """One connection. Every request is read with strict framing, and answered once, in one send.
 
+    The connection's own thread reads requests; an answer is sent by whichever thread has it, and
+    no request is begun before the previous one was answered. So no two threads use these fields
+    at once, besides those that http.server has:
+
+    state     the Connection
+    framing   the Framing of the request
+    unread    whether a part of the request was not read: then the connection must end, so that
+              the rest is never taken for a request
+    held      how many bytes of the request's body are in the worker's account
+    """
+
+    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+
+    def setup(self):
+        """As http.server does, and note when bytes come."""
+        super().setup()
+        self.state = self.server.connections[self.connection]
+        self.rfile = io.BufferedReader(Incoming(self.state))
+        self.close_connection = False
+        self.command = None
+        self.unread = False
+        self.held = 0
 
     def handle(self):
         """Answer one request after the other, while the connection is kept."""
-        self.owed = threading.Lock()  # held from a request's first byte until whichever thread has sent its answer
-        self.close_connection = self.unread = False
+        answered = self.state.answered
         with contextlib.suppress(OSError):  # the peer is gone
+            # The next request is waited for before the previous one's answer: otherwise this
+            # thread would be woken twice a request.
             while not self.close_connection and self.rfile.peek(1):
-                self.owed.acquire()
+                answered.wait()
                 if self.close_connection:  # as the previous answer has announced
-                    return
-                self.set_deadline(REQUEST_SECONDS)
+                    break
+                answered.clear()
+                self.state.deadline = time.monotonic() + REQUEST_SECONDS
                 self.handle_one_request()
-        self.owed.acquire()
+        answered.wait()
         if self.unread:
             self.linger()
 
     def handle_one_request(self):
-        """Read one request and answer it, or have it answered by the log."""
-        self.command, self.unread = None, True
+        """Read one request, and answer it or have it answered."""
         try:
-            self.parse_request()
-            self.find_method()()
+            if self.parse_request():
+                method = self.find_method()
+                method()
         except Refusal as refusal:
-            self.send_error(*refusal.args)
-        except OSError:  # the peer is gone; the attempt to answer releases owed
-            self.send_error(*NOT_WHOLE)
-        except Exception:  # nobody but this program can have made it
-            sys.excepthook(*sys.exc_info())
-            self.send_error(500, "internal error")
-
-    def set_deadline(self, seconds):
-        """Allow this connection so many seconds from now for what it does next; see Worker.cut_off_overdue."""
-        self.server.deadlines[self.connection] = time.monotonic() + seconds
+            self.refuse(refusal)
+        except OSError:  # the peer is gone; the attempt to answer it ends the connection
+            self.refuse(not_whole())
+        except Exception:
+            report_bug()
+            self.send_error(500)
+        finally:
+            self.server.bodies.give_back(self.held)
+            self.held = 0
 
     # -- Reading
 
     def parse_request(self):
-        """Read and check the request line and the headers, or raise Refusal."""
-        match = HEAD.fullmatch(self.read_head())
-        require(match, 400, "malformed request line or header")
-        self.command, target, self.request_version, lines = match.group(1, 2, 3, 4)
-        require(self.request_version.startswith("HTTP/1."), 505, "the server speaks HTTP/1.1")
-        self.headers = {}
-        for name, value in HEADER.findall(lines):
-            name, value = name.lower(), value.strip(" \t")
-            require(name not in self.headers or name not in ONCE, 400, "a header is repeated that must stand once")
-            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
-        self.check_framing()
-        if absolute := ABSOLUTE_FORM.fullmatch(target):  # RFC 9112, 3.2.2: it overrides Host
-            self.headers["host"], target = absolute.groups()
-        self.path = target.partition("?")[0]  # still percent-encoded
-        self.check_access()
-
-    def read_head(self, head=""):
-        """Return head, which is nothing or a line, and the lines behind it up to an empty one, or raise Refusal.
-
-        An empty line before all others does not end them (RFC 9112, 2.2: some clients send one too many after a body).
-        Bare line feeds do: they make a malformed head, which must be refused and not waited for.
-        """
-        while not head.endswith(("\n\r\n", "\n\n")):
-            head += self.read_line(MAX_HEAD_BYTES - len(head), 431 if head else 414)
-        return head
-
-    def read_line(self, limit, too_long):
-        """Return the next line, or raise Refusal, with the status too_long if it has more than limit bytes."""
-        line = self.rfile.readline(limit)
-        if not line.endswith(b"\n"):
-            require(len(line) == limit, *NOT_WHOLE)
-            raise Refusal(too_long, "the request line, the headers or a chunk's size are too long")
-        return line.decode("latin-1")
-
-    def check_framing(self):
-        """Set close_connection, chunked, unread and length, the number of the body's bytes, or None if it is chunked or
-        there is none. Or raise Refusal."""
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
-        old = self.request_version == "HTTP/1.0"
-        require(coding is None or (length is None and coding.lower() == "chunked" and not old), 400,
-                "a body must have either one Content-Length or, in HTTP/1.1, Transfer-Encoding: chunked")
-        require(length is None or re.fullmatch("[0-9]+", length), 400, "malformed Content-Length")
-        require(old or "host" in self.headers, 400, "the Host header is missing")
-        self.chunked = coding is not None
-        # Sixteen digits already exceed every limit, and int() refuses more than 4,300.
-        self.length = None if length is None else int(length.lstrip("0")[:16] or "0")
-        self.unread = self.chunked or bool(self.length)
-        self.close_connection = old or "close" in self.headers.get("connection", "").lower()
+        """Read the head of a request. Return True, with the results in command, path,
+        request_version, headers, framing, unread and close_connection; or refuse it and return
+        False."""
+        self.command = None
+        self.unread = True
+        try:
+            request = read_request(self.rfile)
+            self.command = request.command
+            self.path = request.path
+            self.request_version = request.version
+            self.headers = request.headers
+            connection = self.headers.get("connection", "").lower()
+            self.close_connection = request.version == "HTTP/1.0" or "close" in connection
+            self.framing = find_framing(request)
+            self.unread = self.framing.chunked or bool(self.framing.length)
+            self.check_access()
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return False
+        return True
 
     def check_access(self):
         """Raise Refusal unless the sender may ask."""
         secret = self.server.authorization
         if secret is None:
-            # DNS rebinding: a web page can make a local browser send requests here under the page's own host name.
-            require(LOOPBACK_HOST.fullmatch(self.headers.get("host", "")), 421,
-                    "without EVENTS_AUTHORIZATION the Host header must be localhost or a loopback address")
-        elif self.path != "/health":
-            require(hmac.compare_digest(self.headers.get("authorization", "").encode("latin-1"), secret), 401,
-                    "the Authorization header is missing or wrong", {"WWW-Authenticate": "Bearer"})
+            check_local(self.headers)
+        elif self.resource() != "/health":
+            check_authorization(self.headers, secret)
 
-    def read_body(self):
-        """Return the body, without chunked framing; ask for it when the sender waits to be asked. Or raise Refusal."""
-        require(self.chunked or self.length is not None, 411, "the request must have a Content-Length or be chunked")
-        require(self.chunked or self.length <= MAX_BODY_BYTES, *TOO_LARGE)
-        if "expect" in self.headers and self.unread and self.request_version != "HTTP/1.0":  # RFC 9110, 10.1.1
-            require(self.headers["expect"].lower() == "100-continue", 417, "the only known expectation is 100-continue")
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.read_chunks() if self.chunked else self.read_exactly(self.length)
-        self.unread = False
-        return body
-
-    def read_exactly(self, length):
-        """Return length bytes, or raise Refusal."""
-        data = self.rfile.read(length)
-        require(len(data) == length, *NOT_WHOLE)
-        return data
-
-    def read_chunks(self):
-        """Return the body of a chunked request (RFC 9112, 7.1); extensions and trailers are read and dropped."""
-        body = bytearray()
-        while True:
-            line = self.read_line(MAX_HEAD_BYTES, 400)
-            match = CHUNK.fullmatch(line)
-            require(match, 400, "malformed chunk size")
-            size = int(match[1], 16)
-            if size == 0:
-                require(CHUNK.fullmatch(self.read_head(line)), 400, "malformed trailer")
-                return bytes(body)
-            require(len(body) + size <= MAX_BODY_BYTES, *TOO_LARGE)
-            body += self.read_exactly(size)
-            require(self.read_exactly(2) == b"\r\n", 400, "a chunk is longer than its size")
-
-    # -- The methods: each sends its answer, or raises Refusal
+    def resource(self):
+        """Return the path without its query, still percent-encoded."""
+        resource, _, _ = self.path.partition("?")
+        return resource
 
     def find_method(self):
         """Return the method that answers the request, or raise Refusal."""
-        methods = METHODS.get("/userEvents/" if self.path.startswith("/userEvents/") else self.path)
-        require(methods, 404, "no such path; there are /liveEvent, /userEvents/<userId> and /health")
-        require(self.command in methods.split(", "), 405, f"the methods here are: {methods}", {"Allow": methods})
-        return getattr(self, f"do_{self.command}")
+        resource = self.resource()
+        if resource.startswith("/userEvents/"):
+            resource = "/userEvents/"
+        methods = METHODS.get(resource)
+        if methods is None:
+            words = "no such path; there are /liveEvent, /userEvents/<userId> and /health"
+            raise Refusal(404, words)
+        if self.command not in methods:
+            allowed = ", ".join(methods)
+            raise Refusal(405, f"the methods here are: {allowed}", {"Allow": allowed})
+        return getattr(self, "do_" + self.command)
+
+    def read_body(self):
+        """Return the body; ask for it when its sender waits to be asked. Or raise Refusal."""
+        framing = self.framing
+        if framing.length is None and not framing.chunked:
+            raise Refusal(411, "the request must have a Content-Length or be chunked")
+        if not framing.chunked and framing.length > MAX_BODY_BYTES:
+            raise too_large()
+        expected = self.headers.get("expect")
+        if expected is not None and self.unread and self.request_version != "HTTP/1.0":
+            if expected.lower() != "100-continue":  # RFC 9110, 10.1.1
+                raise Refusal(417, "the only known expectation is 100-continue")
+            if self.send_at_once(b"HTTP/1.1 100 Continue\r\n\r\n"):
+                raise OSError("the peer does not read")
+        body = read_body(self.rfile, framing, self.hold)
+        self.unread = False
+        return body
+
+    def hold(self, count):
+        """Put bytes of the body into the worker's account, or raise Refusal when it is full."""
+        if not self.server.bodies.take(count):
+            raise Refusal(503, "the server holds too many requests that are not whole yet")
+        self.held += count
+
+    # -- The methods: each answers, has somebody else answer, or raises Refusal
 
     def do_OPTIONS(self):
         """Answer what may be sent."""
-        self.send(204, b"", {"Allow": METHODS["/liveEvent"]} | ACCEPT_POST)
+        allowed = ", ".join(METHODS["/liveEvent"])
+        self.answer(204, b"", {"Allow": allowed, **ACCEPT_POST})
 
     def do_GET(self):
-        """Answer that the server is well, or a user's revenue, digit for digit."""
-        if self.path == "/health":
-            return self.send(200, b'{"status": "ok"}')
-        encoded = self.path.removeprefix("/userEvents/").encode("latin-1")
-        # What is not UTF-8 becomes lone surrogates.
-        user = urllib.parse.unquote_to_bytes(encoded).decode(errors="surrogateescape")
-        require(not re.search(b"%(?![0-9A-Fa-f]{2})", encoded) and not SURROGATE.search(user), 400,
-                "the userId must be percent-encoded UTF-8")
-        try:
-            # psycopg2 refuses a NUL with ValueError: no such user can be stored.
-            revenue = None if "\0" in user else self.server.database.revenue(user)
-        except Failure as failure:
-            raise Refusal(503, str(failure), {"Retry-After": "2"}) from None
-        require(revenue is not None, 404, "no revenue is known for this user")
-        self.send(200, f'{{"userId": {json.dumps(user)}, "revenue": {revenue}}}'.encode())
+        """Answer that the server is well, or have a user's revenue answered."""
+        resource = self.resource()
+        if resource == "/health":
+            self.answer(200, b'{"status": "ok"}')
+            return
+        user = read_user(resource)
+        self.state.deadline = math.inf  # from now on the delay is the server's
+        answer = functools.partial(self.settle, self.answer_revenue, user)
+        self.server.database.find_revenue(user, answer)
 
-    do_HEAD = do_GET  # render() leaves the body out
+    def do_HEAD(self):
+        """Answer as to GET; render() leaves the body out."""
+        self.do_GET()
 
     def do_POST(self):
-        """Log the one event, or the valid lines of the batch, and answer when they are durable."""
-        media = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        require(media in (JSON, NDJSON), 415, f"the Content-Type must be {JSON} or {NDJSON}", ACCEPT_POST)
-        require(self.headers.get("content-encoding", "identity").lower() == "identity", 415,
-                "the body must not be compressed", {"Accept-Encoding": "identity"} | ACCEPT_POST)
-        producer, first = self.read_id()
-        body = self.read_body().removesuffix(b"\n")
-        count = 1 if media == JSON else body.count(b"\n") + 1
-        require(count <= MAX_LINES, 413, f"a batch must have at most {MAX_LINES} lines")
-        require(producer is None or first + count - 1 <= MAX_SEQUENCE, 400,
-                "the last line's sequence would be above 2^53 - 1")
-        self.set_deadline(float("inf"))  # the request is whole: from now on the delay is ours, not the peer's
-        with self.server.decoding[media]:
-            accepted, events, rejected = check_lines(body, count)
-            lines = self.stamp_lines(accepted, events, producer, first)
-            if media == NDJSON:
-                answer = {"message": "Events received", "accepted": events, "rejected": rejected}
-                return self.log_lines(lines, json.dumps(answer).encode())
-            require(events, 400, rejected[0]["error"] if rejected else "the body is empty")
-            self.log_lines(lines, b'{"message": "Event received"}')
+        """Log the one event, or the valid lines of the batch, and have that answered when they
+        are durable."""
+        media = read_media_type(self.headers)
+        first = read_event_id(self.headers)
+        body = self.read_body()
+        self.state.deadline = math.inf  # from now on the delay is the server's
+        if media == JSON:
+            self.log_event(body, first)
+        else:
+            with self.server.decoding:
+                self.log_batch(body, first)
 
-    def read_id(self):
-        """Return the producer id and the sequence that the sender gave, or None and None; or raise Refusal."""
-        producer, sequence = self.headers.get("producer-id"), self.headers.get("sequence")
-        if producer is None and sequence is None:
-            return None, None
+    def log_event(self, body, first):
+        """Log the event in body, under the id first or one of this worker."""
+        if not body.strip():
+            raise Refusal(400, "the body is empty")
         try:
-            sequence = int(sequence) if re.fullmatch("[0-9]{1,16}", sequence or "") else None
-            check_id(producer, sequence)
+            line = judge_event(body.removesuffix(b"\n"))
         except ValueError as error:
-            raise Refusal(400, f"both Producer-Id and Sequence are needed, or neither: {error}") from None
-        return producer, sequence
+            raise Refusal(400, str(error)) from None
+        if first is None:
+            first = self.server.assign_ids(1)
+        self.log_lines(stamp(line, first), b'{"message": "Event received"}')
 
-    def stamp_lines(self, accepted, events, producer, first):
-        """Return the accepted lines, which are events in number, with ids: the sender's or, without, this worker's."""
-        if producer is None:  # consecutive ids for the events alone: every gap would stay in the database
-            return stamp(b"".join(accepted.values()), *self.server.assign_ids(events))
-        return b"".join([stamp(lines, producer, first + index) for index, lines in accepted.items()])
-
-    # -- Answering
+    def log_batch(self, body, first):
+        """Log the valid lines of body, under ids from first on or those of this worker."""
+        body = body.removesuffix(b"\n")
+        count = body.count(b"\n") + 1
+        if count > MAX_LINES:
+            raise Refusal(413, f"a batch must have at most {MAX_LINES} lines")
+        if first is not None and first.sequence + count - 1 > MAX_SEQUENCE:
+            raise Refusal(400, "the last line's sequence would be above 2^53 - 1")
+        accepted, events, rejected = judge_batch(body)
+        result = {"message": "Events received", "accepted": events, "rejected": rejected}
+        answer = json.dumps(result).encode()
+        if not accepted:
+            self.answer(200, answer)
+            return
+        if first is None:
+            # Consecutive ids for the events alone: every gap would stay in the database.
+            text = b"".join([lines.text for lines in accepted])
+            self.log_lines(stamp(text, self.server.assign_ids(events)), answer)
+            return
+        stamped = []
+        for lines in accepted:
+            event_id = EventId(first.producer, first.sequence + lines.index)
+            stamped.append(stamp(lines.text, event_id))
+        self.log_lines(b"".join(stamped), answer)
 
     def log_lines(self, lines, body):
-        """Have lines logged and then answered with 200 and body, or with an error, by the thread that syncs them."""
-        def answer(error):
-            """Send what came of it: nothing, or an exception."""
-            if error is None:
-                return self.send(200, body)
-            status = 507 if getattr(error, "errno", None) in NO_SPACE else 503
-            self.send_error(status, f"the log cannot be written: {sentence(error)}")
+        """Have stamped lines logged, and then answered with 200 and body, or with an error."""
+        answer = functools.partial(self.settle, self.answer_logged, body)
         self.server.log.append(lines, answer)
 
-    def send_error(self, status, error, headers=()):
-        """Send the answer that is owed: what was wrong."""
-        self.send(status, json.dumps({"error": error}).encode(), headers)
+    # -- Answering, in any thread: nothing here waits or prints
 
-    def send(self, status, body, headers=()):
-        """Send the answer that is owed without waiting or, should the peer not read, in a thread of its own."""
-        self.set_deadline(IDLE_SECONDS)
+    def settle(self, answer, *outcome):
+        """Call answer(*outcome). If it fails, end the connection: its own thread would wait for
+        the answer for ever."""
         try:
-            data = self.render(status, body, headers)
-            with contextlib.suppress(BlockingIOError):
-                data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
-            if data:
-                threading.Thread(target=self.send_rest, args=[data], daemon=True).start()
-                return
-        except (OSError, RuntimeError, MemoryError):  # the peer is gone; or there is no thread or memory for its answer
-            _shut(self.connection, socket.SHUT_RDWR)
-        self.owed.release()
+            answer(*outcome)
+        except BaseException:
+            self.state.shut(socket.SHUT_RDWR)
+            self.state.answered.set()
+            raise
 
-    def send_rest(self, data):
-        """Send what is left of the answer that is owed, however long the peer takes."""
-        with contextlib.suppress(OSError):  # the peer is gone, or was cut off
-            self.connection.sendall(data)
-        self.owed.release()
+    def answer_logged(self, body, error):
+        """Answer that lines are durable, with body, or why they are not."""
+        if error is None:
+            self.answer(200, body)
+            return
+        status = 503
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            status = 507
+        self.refuse(Refusal(status, f"the log cannot be written: {sentence(error)}"))
+
+    def answer_revenue(self, user, revenue):
+        """Answer a user's revenue, digit for digit, or that it is not known."""
+        if isinstance(revenue, NoRevenue):
+            self.refuse(Refusal(503, "the database does not answer", {"Retry-After": "2"}))
+        elif revenue is None:
+            self.refuse(Refusal(404, "no revenue is known for this user"))
+        else:
+            self.answer(200, f'{{"userId": {json.dumps(user)}, "revenue": {revenue}}}'.encode())
+
+    def send_error(self, code, message=None, explain=None):
+        """Answer with an error, as http.server does, but in JSON."""
+        words = explain or message or self.responses[code][1]
+        self.refuse(Refusal(code, words))
+
+    def refuse(self, refusal):
+        """Answer with an error."""
+        body = json.dumps({"error": refusal.words}).encode()
+        self.answer(refusal.status, body, refusal.headers)
+
+    def answer(self, status, body, headers=None):
+        """Send the answer that is owed or, if the peer does not read, have it sent by a thread of
+        its own. If that is not possible, end the connection."""
+        self.state.deadline = time.monotonic() + IDLE_SECONDS
+        try:
+            rest = self.send_at_once(self.render(status, body, headers or {}))
+            if rest:
+                self.send_in_thread(rest)
+                return
+        except (OSError, RuntimeError, MemoryError):
+            # The peer is gone; or there is no thread or memory for its answer.
+            self.state.shut(socket.SHUT_RDWR)
+        self.state.answered.set()
 
     def render(self, status, body, headers):
-        """Return the bytes of an answer, which ends the connection if a part of the request was not read."""
-        self.close_connection |= self.unread or self.server.stopping
-        date = http_date(int(time.time()), usegmt=True)
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {date}"]
-        lines += [f"{name}: {value}" for name, value in dict(headers).items()]
+        """Return the bytes of an answer. It ends the connection if a part of the request was not
+        read, or if the worker wants that."""
+        if self.unread or self.state.is_leaving or self.server.stopping:
+            self.close_connection = True
+        lines = [
+            f"{self.protocol_version} {status} {self.responses[status][0]}",
+            f"Date: {http_date(int(time.time()))}",
+        ]
+        for name, value in headers.items():
+            lines.append(f"{name}: {value}")
         if body:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+            lines.append("Content-Type: application/json")
+            lines.append(f"Content-Length: {len(body)}")
         if self.close_connection:
             lines.append("Connection: close")
-        head = "\r\n".join([*lines, "", ""]).encode()
-        return head if self.command == "HEAD" else head + body
+        head = "\r\n".join(lines) + "\r\n\r\n"
+        if self.command == "HEAD":
+            body = b""
+        return head.encode() + body
+
+    def send_at_once(self, data):
+        """Send what the kernel takes without waiting, and return the rest."""
+        try:
+            sent = self.connection.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        return data[sent:]
+
+    def send_in_thread(self, rest):
+        """Go on sending in a thread of its own, or raise RuntimeError if there is no room."""
+        if not self.server.unread_answers.take(len(rest)):
+            raise RuntimeError("too many answers that nobody reads")
+        try:
+            self.state.is_slow = True
+            if self.state.is_leaving:
+                raise RuntimeError("its place is needed")
+            threading.Thread(target=self.send_rest, args=[rest], daemon=True).start()
+        except RuntimeError:
+            self.server.unread_answers.give_back(len(rest))
+            raise
+
+    def send_rest(self, rest):
+        """Send the rest of the answer that is owed, until the connection is cut off."""
+        with contextlib.suppress(OSError):  # the peer is gone, or was cut off
+            self.connection.sendall(rest)
+        self.server.unread_answers.give_back(len(rest))
+        self.state.is_slow = False
+        self.state.answered.set()
 
     def linger(self):
-        """Read on for DRAIN_SECONDS, until Worker ends it, or up to DRAIN_BYTES, and discard: closing a socket with
-        unread data resets the connection, and the answer may be lost on its way (RFC 9112, 9.6)."""
-        self.set_deadline(DRAIN_SECONDS)
+        """Read on for DRAIN_SECONDS, until the worker ends it, or up to DRAIN_BYTES, and discard.
+
+        Closing a socket with unread data resets the connection, and the answer may be lost on its
+        way (RFC 9112, 9.6).
+        """
+        self.state.deadline = time.monotonic() + DRAIN_SECONDS
         self.connection.shutdown(socket.SHUT_WR)
         left = DRAIN_BYTES
-        while left > 0 and (data := self.rfile.read1(65536)):
-            left -= len(data)
+        while left > 0:
+            discarded = self.rfile.read1(PIECE_BYTES)
+            if not discarded:
+                break
+            left -= len(discarded)
 
 
-def _shut(connection, how):
-    with contextlib.suppress(OSError):  # closed meanwhile
-        connection.shutdown(how)
+# ---- The processes ------------------------------------------------------------------------------
 
 
-# ---- The processes --------------------------------------------------------------------------------------------------
+class Account:
+    """Bytes that the connections of a worker hold together, up to a limit."""
+
+    def __init__(self, limit):
+        self._left = limit
+        self._lock = threading.Lock()  # guards _left
+
+    def take(self, count):
+        """Count more bytes and return True; or return False if that would exceed the limit."""
+        with self._lock:
+            if count > self._left:
+                return False
+            self._left -= count
+            return True
+
+    def give_back(self, count):
+        """Count that many bytes less."""
+        with self._lock:
+            self._left += count
+
 
 class Worker:
-    """One process's share of the server, which handlers know as self.server: a thread for each connection, on a
-    listening socket that all workers share."""
+    """One process's share of the server, which handlers know as self.server: a thread for each
+    connection, on a listening socket that all workers share."""
 
     def __init__(self, listener, log, authorization):
-        self.log, self.authorization = log, authorization
+        # These are for all threads.
+        self.log = log
+        self.authorization = authorization
         self.database = Database()
-        self.decoding = {NDJSON: threading.Semaphore(DECODED_BATCHES), JSON: contextlib.nullcontext()}
-        self.stopping = False  # when it is True, every answer ends its connection
-        self.deadlines = {}  # {connection: when it is cut off, in seconds of time.monotonic}, for all that are open
+        self.bodies = Account(HELD_BODY_BYTES)
+        self.unread_answers = Account(UNREAD_ANSWER_BYTES)
+        self.decoding = threading.BoundedSemaphore(DECODED_BATCHES)
+        # {socket: Connection} of all that are open. The main thread adds them, and each one's own
+        # thread removes it.
+        self.connections = {}
+        # When it is True, every answer ends its connection. The main thread writes it.
+        self.stopping = False
+        # The ids for events that come without.
+        self._id_lock = threading.Lock()  # guards the next two
+        self._producer = secrets.token_urlsafe(16)
+        self._next_sequence = 1
+        # These are for the main thread alone.
         self._listener = listener
-        self._accepted = None  # the (connection, address) that has no thread yet
-        self._producer, self._next_sequence = secrets.token_urlsafe(16), 1
-        self._id_lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._accepted = None  # a socket and its address that have no thread yet
 
     def run(self, lifeline):
-        """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or until a sync of the
-        log fails; then finish what was received, for at most STOP_SECONDS. Return the exit status."""
+        """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or
+        until a sync of the log fails; then finish what was received. Return the exit status."""
         threading.Thread(target=self.cut_off_overdue, daemon=True).start()
-        ready = []
-        while lifeline not in ready and not self.log.failed:
-            self.accept()
-            ready, _, _ = select.select([self._listener, lifeline], [], [], 0.1)  # log.failed wakes nobody
-        self.stopping, now = True, time.monotonic()
-        while time.monotonic() < now + BACKLOG_SECONDS and self.accept():
-            pass  # take what the kernel has accepted: those peers may have sent requests
-        _shut(self._listener, socket.SHUT_RD)  # for all processes that have it: whoever comes later is refused at once
-        self._listener.close()
-        for connection in list(self.deadlines):
-            _shut(connection, socket.SHUT_RD)  # what has arrived can still be read on Linux; elsewhere it may be lost
-        while self.deadlines and time.monotonic() < now + STOP_SECONDS:
-            time.sleep(0.01)
-        return EXIT_SYNC_FAILED if self.log.failed else 0
+        with self._selector:
+            self._selector.register(self._listener, selectors.EVENT_READ)
+            self._selector.register(lifeline, selectors.EVENT_READ)
+            ready = set()
+            while lifeline not in ready and not self.log.failed:
+                if self._listener in ready:
+                    self.accept()
+                ready = self.wait(LOOK_SECONDS)
+        self.stop()
+        if self.log.failed:
+            return EXIT_SYNC_FAILED
+        return 0
+
+    def wait(self, seconds):
+        """Return which of the listener and the lifeline are ready, for at most so many seconds."""
+        return {key.fileobj for key, _ in self._selector.select(seconds)}
 
     def accept(self):
-        """Serve a connection from the backlog in a thread of its own; return False if that is not possible now."""
-        try:
-            if len(self.deadlines) >= MAX_CONNECTIONS:
-                raise OSError("too many connections")
-            if self._accepted is None:
-                self._accepted = connection, _ = self._listener.accept()
-                connection.setblocking(True)  # on macOS an accepted socket inherits the listener's non-blocking mode
-                self.deadlines[connection] = time.monotonic() + IDLE_SECONDS
-            threading.Thread(target=self.serve_connection, args=self._accepted, daemon=True).start()
-        except BlockingIOError:  # there is none, or another worker was faster
+        """Serve a connection from the backlog, in a thread of its own. Return False if there is
+        none, or if there is no room for it now."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            self.make_room()
             return False
-        except (OSError, RuntimeError):  # too many connections, descriptors or threads: wait until one ends
-            time.sleep(PAUSE_SECONDS)
+        try:
+            if self._accepted is None:
+                self._accepted = self._listener.accept()
+        except BlockingIOError:  # another worker was faster
+            return False
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                self.make_room()
+            return False
+        wire, _ = self._accepted
+        wire.setblocking(True)  # on macOS it inherits the listener's non-blocking mode
+        self.connections[wire] = Connection(wire)
+        serving = threading.Thread(target=self.serve_connection, args=self._accepted, daemon=True)
+        try:
+            serving.start()
+        except RuntimeError:  # there are too many threads
+            del self.connections[wire]
+            self.make_room()
             return False
         self._accepted = None
         return True
 
-    def serve_connection(self, connection, address):
+    def serve_connection(self, wire, address):
         """Serve a connection to its end."""
         try:
             with contextlib.suppress(OSError):  # the peer is gone
-                Handler(connection, address, self)
+                Handler(wire, address, self)
         finally:
-            self.deadlines.pop(connection, None)
-            connection.close()
+            del self.connections[wire]
+            wire.close()
+
+    def make_room(self):
+        """Give a connection time to end, or another worker time to take the one that waits; if
+        that did not help, have the one from which nothing has come for the longest time leave."""
+        time.sleep(PAUSE_SECONDS)
+        if self.stopping:
+            return
+        if self._accepted is None and self._listener not in self.wait(0):
+            return  # nobody waits any more
+        longest = None
+        recently = time.monotonic() - QUIET_SECONDS
+        for connection in list(self.connections.values()):
+            if connection.deadline == math.inf:
+                continue  # its request is worked on
+            if connection.is_leaving:
+                return  # there will be room soon
+            if connection.received > recently:
+                continue  # its next bytes may be on their way
+            if longest is None or connection.received < longest.received:
+                longest = connection
+        if longest is not None:
+            longest.leave()
+
+    def stop(self):
+        """Refuse new connections and finish what was received, for at most STOP_SECONDS."""
+        self.stopping = True
+        begun = time.monotonic()
+        # The kernel has accepted some, and those peers may have sent requests.
+        while time.monotonic() < begun + BACKLOG_SECONDS:
+            if not self.accept():
+                break
+        with contextlib.suppress(OSError):  # another worker was faster
+            self._listener.shutdown(socket.SHUT_RD)  # for all processes that have it
+        self._listener.close()
+        for connection in list(self.connections.values()):
+            # What has arrived can still be read on Linux; elsewhere it may be lost.
+            connection.shut(socket.SHUT_RD)
+        while self.connections and time.monotonic() < begun + STOP_SECONDS:
+            time.sleep(0.01)
 
     def assign_ids(self, count):
-        """Return ids for count events that come without: this worker's producer id and the first sequence."""
+        """Return the first one of count event ids, for events that come without."""
         with self._id_lock:
+            first = EventId(self._producer, self._next_sequence)
             self._next_sequence += count
-            return self._producer, self._next_sequence - count
+        return first
 
     def cut_off_overdue(self):
-        """Cut off the connections that are past their deadlines: first their reading, so that an answer can still be
-        sent, and DRAIN_SECONDS later everything."""
+        """Cut off the connections that are past their deadlines."""
         while not self.stopping:
             time.sleep(DRAIN_SECONDS / 4)
             with contextlib.suppress(MemoryError):  # for the next look there may be some
-                for connection, deadline in list(self.deadlines.items()):
-                    overdue = time.monotonic() - deadline
+                now = time.monotonic()
+                for connection in list(self.connections.values()):
+                    overdue = now - connection.deadline
                     if overdue > 0:
-                        _shut(connection, socket.SHUT_RD if overdue < DRAIN_SECONDS else socket.SHUT_RDWR)
+                        connection.cut_off(overdue)
 
 
-def supervise(new_worker, count, announcement):
-    """Start count processes that run new_worker().run(lifeline), say announcement, and replace those that die, until
-    SIGTERM, Ctrl-C or a failed sync; return the exit status, or raise OSError if they cannot be started.
-
-    lifeline is the reading end of a pipe whose only writing end is the parent's. Closing that, on purpose or by dying,
-    is what tells the workers to stop.
-    """
-    lifeline, writing_end = os.pipe()
-    hold = open(writing_end, "wb", buffering=0)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, the kernel would not report a worker's end
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: hold.close())
-    workers, status = {fork_worker(new_worker, lifeline, hold) for _ in range(count)}, 0
-    say(announcement)
-    while workers:
-        pid, ended = os.wait()
-        if pid not in workers:
-            continue  # started before this process became server.py, or an orphan that a container's process 1 adopts
-        workers.remove(pid)
-        code = os.waitstatus_to_exitcode(ended)
-        if code == EXIT_SYNC_FAILED:
-            status = 1
-            hold.close()
-        elif not hold.closed:
-            warn(f"A worker ended with status {code}; starting another.")
-        while len(workers) < count and not hold.closed:
-            time.sleep(RESTART_SECONDS)
-            with contextlib.suppress(OSError):  # there is no room for another process now
-                workers.add(fork_worker(new_worker, lifeline, hold))
-    return status
+class WorkersStuck(Exception):
+    """Workers did not end in time after they were told to, and were killed."""
 
 
-def fork_worker(new_worker, lifeline, hold):
-    """Return the id of a new process that exits with what new_worker().run(lifeline) returns, or raise OSError."""
-    if pid := os.fork():
-        return pid
-    status = 1
-    try:
-        # A terminal or systemd tells every process to stop, but the parent decides.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        hold.close()
-        status = new_worker().run(lifeline)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(status)  # without waiting for a thread that hangs in a database
+class Supervisor:
+    """Keeps a number of workers running. The only thread of the parent uses it, and its signal
+    handlers."""
+
+    def __init__(self, new_worker, count):
+        self._new_worker = new_worker
+        self._count = count
+        self._started = {}  # {process id: when it was started} of the workers that run
+        self._quick_deaths = 0  # in a row
+        self._status = 0
+        # The lifeline is a pipe's reading end, which every worker watches. Only this process has
+        # the writing end: closing it, on purpose or by dying, tells the workers to stop.
+        self._lifeline, writing_end = os.pipe()
+        self._writing_end = open(writing_end, "wb", buffering=0)
+
+    def run(self, announcement):
+        """Start the workers, say announcement, and replace workers that die, until SIGTERM,
+        Ctrl-C or a failed sync. Return the exit status, or raise OSError if none can be started."""
+        # If SIGCHLD were ignored, the kernel would not report a worker's end.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, self._kill)
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        try:
+            for _ in range(self._count):
+                self._start_worker()
+            say(announcement)
+            while self._started:
+                self._take_note_of_ends()
+                self._start_missing()
+        except WorkersStuck:
+            warn("Workers did not stop in time and were killed; some requests have no answer.")
+            return 1
+        finally:
+            signal.alarm(0)
+            self._writing_end.close()
+            os.close(self._lifeline)
+        return self._status
+
+    def _stop(self, *_):
+        """Tell the workers to stop, and kill those that do not end in time."""
+        self._writing_end.close()
+        signal.alarm(math.ceil(STOP_SECONDS + KILL_SECONDS))
+
+    def _is_stopping(self):
+        return self._writing_end.closed
+
+    def _kill(self, *_):
+        """End workers that do not end by themselves, and the waiting for them."""
+        for process in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        raise WorkersStuck
+
+    def _take_note_of_ends(self):
+        """Take note of the workers that have ended; wait for one if none is missing."""
+        options = os.WNOHANG
+        if self._is_stopping() or len(self._started) == self._count:
+            options = 0
+        while self._started:
+            # The handler of a signal runs while this waits, and then the waiting goes on.
+            process, wait_status = os.waitpid(-1, options)
+            if not process:
+                return
+            started = self._started.pop(process, None)
+            # Others are of an earlier program in this process, or orphans, if this is process 1.
+            if started is not None:
+                self._note_end(os.waitstatus_to_exitcode(wait_status), started)
+                options = os.WNOHANG
+
+    def _note_end(self, status, started):
+        """Take note that a worker ended with a status."""
+        if status == EXIT_SYNC_FAILED:
+            self._status = 1
+            self._stop()
+        elif not self._is_stopping():
+            warn(f"A worker ended with status {status}; starting another.")
+            self._note_death(started)
+
+    def _note_death(self, started):
+        """Give up if workers die as fast as they are started, and none lives longer."""
+        recently = time.monotonic() - QUICK_DEATH_SECONDS
+        oldest = min([started, *self._started.values()])
+        if oldest < recently:
+            self._quick_deaths = 0
+            return
+        self._quick_deaths += 1
+        if self._quick_deaths >= QUICK_DEATHS:
+            warn(f"The server ends: {QUICK_DEATHS} workers in a row ended when they had begun.")
+            self._status = 1
+            self._stop()
+
+    def _start_missing(self):
+        """Start a worker if one is missing and the server does not stop."""
+        if self._is_stopping() or len(self._started) == self._count:
+            return
+        time.sleep(RESTART_SECONDS)
+        try:
+            self._start_worker()
+        except OSError as error:  # there is no room for another process now
+            if not self._started:
+                warn(f"The server ends: no worker can be started ({sentence(error)}).")
+                self._status = 1
+
+    def _start_worker(self):
+        """Start a process that exits with what the worker's run() returns, or raise OSError."""
+        process = os.fork()
+        if process:
+            self._started[process] = time.monotonic()
+            return
+        status = 1
+        try:
+            # A terminal or systemd tells every process to stop, but the parent decides.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            self._writing_end.close()
+            status = self._new_worker().run(self._lifeline)
+        except (OSError, RuntimeError) as error:  # no descriptor or no thread for what it needs
+            warn(f"A worker cannot work: {sentence(error)}.")
+        except BaseException:
+            report_bug()
+        finally:
+            os._exit(status)  # without waiting for a thread that hangs in a database
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
+# ---- The command line ---------------------------------------------------------------------------
+
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
-    parser.add_argument("--log", default=DEFAULT_LOG, help="file to append to (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="(default: one per core, %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--log", default=DEFAULT_LOG, help="file to append to (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=usable_cores(),
+        help="(default: one per core, %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         parser.error("--port must be from 0 to 65535")
@@ -706,47 +1688,105 @@ def parse_command_line(arguments):
     return options
 
 
+# Names of authentication schemes. One of them without credentials is no secret: the variable that
+# should have held them was not set.
+SCHEMES = b"apikey basic bearer digest dpop hmac hoba mutual negotiate ntlm oauth token vapid"
+
+
 def read_authorization():
-    """Return the value that the Authorization header must have, None if it may be missing; or raise Failure."""
-    value = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
-    if not HEADER.fullmatch(f"Authorization:{value.decode('latin-1')}\r\n"):
-        raise Failure("it has a line end or another control character in it, which no header can carry")
-    return value or None
+    """Return the value that the Authorization header must have, None if EVENTS_AUTHORIZATION is
+    not set; or raise Failure when it holds no secret."""
+    value = os.environb.get(b"EVENTS_AUTHORIZATION")
+    if value is None:
+        return None
+    value = value.strip(b" \t")
+    if not value:
+        raise Failure("it is set, but empty. Put a secret into it, or unset it")
+    if not FIELD.fullmatch(f"Authorization:{value.decode('latin-1')}\r\n"):
+        raise Failure("it has a line end or another control character, which no header can carry")
+    if value.lower() in SCHEMES.split():
+        raise Failure("it names a scheme, but the credentials after it are missing")
+    return value
 
 
 def listen(host, port):
     """Return a listening socket, or raise OSError, or UnicodeError for a malformed host."""
-    addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
     family, _, _, _, address = addresses[0]
     listener = socket.create_server(address, family=family, backlog=BACKLOG)
-    listener.setblocking(False)  # every worker wakes for each connection, and accept() must not block the later ones
+    # Every worker wakes for each connection, and accept() must not block those that come late.
+    listener.setblocking(False)
     return listener
+
+
+def check_listener(listener):
+    """Raise Failure if others than this machine can reach the listener."""
+    host, *_ = listener.getsockname()
+    if not ipaddress.ip_address(host).is_loopback:
+        raise Failure(
+            "everyone could send events there. Set EVENTS_AUTHORIZATION to the value that the "
+            "Authorization header of every request must have, or listen on 127.0.0.1"
+        )
+
+
+def raise_descriptor_limit():
+    """Allow this process enough descriptors, if it is permitted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(OSError, ValueError):  # fewer connections find room then
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def doing(task):
+    """Raise Failure, which names the task, if what is done in this context fails."""
+    try:
+        yield
+    except (Failure, OSError, UnicodeError) as error:
+        raise Failure(f"Cannot {task}: {sentence(error)}.") from error
+
+
+def serve(options):
+    """Serve as the options say and return the exit status, or raise Failure."""
+    log = LogWriter(options.log)
+    with contextlib.ExitStack() as stack:
+        with doing("use EVENTS_AUTHORIZATION"):
+            authorization = read_authorization()
+        place = f"{options.host} port {options.port}"
+        with doing(f"listen on {place} (choose others with --host and --port)"):
+            listener = stack.enter_context(listen(options.host, options.port))
+            if authorization is None:
+                check_listener(listener)
+        with doing(f"write the log {options.log} (name another with --log)"):
+            log.check()
+        host, port, *_ = listener.getsockname()
+        if ":" in host:
+            host = f"[{host}]"
+        announcement = (
+            f"Listening on http://{host}:{port}, logging to {options.log}, "
+            f"{options.workers} workers."
+        )
+        new_worker = functools.partial(Worker, listener, log, authorization)
+        with doing(f"start {options.workers} processes (choose another number with --workers)"):
+            return Supervisor(new_worker, options.workers).run(announcement)
 
 
 def main(arguments=None):
     """Run the command line and return its exit status."""
     options = parse_command_line(arguments)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until supervise() takes it over, Ctrl-C ends the process quietly
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # macOS begins with 256
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(DESCRIPTORS, hard)), hard))
-    log = LogWriter(options.log)
+    # Until the supervisor takes it over, Ctrl-C ends the process quietly.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise_descriptor_limit()
     try:
-        task = "use EVENTS_AUTHORIZATION"
-        authorization = read_authorization()
-        task = f"listen on {options.host} port {options.port} (choose others with --host and --port)"
-        listener = listen(options.host, options.port)
-        host, port = listener.getsockname()[:2]
-        if authorization is None and not ipaddress.ip_address(host).is_loopback:
-            raise Failure("everyone could send events there. Set EVENTS_AUTHORIZATION to the value that the "
-                          "Authorization header of every request must have, or listen on 127.0.0.1")
-        task = f"write the log {options.log} (name another with --log)"
-        os.close(log.open())
-        shown = f"[{host}]" if ":" in host else host
-        task = f"start {options.workers} processes (choose another number with --workers)"
-        return supervise(functools.partial(Worker, listener, log, authorization), options.workers,
-                         f"Listening on http://{shown}:{port}, logging to {options.log}, {options.workers} workers.")
-    except (Failure, OSError, UnicodeError) as error:
-        warn(f"Cannot {task}: {sentence(error)}.")
+        return serve(options)
+    except Failure as failure:
+        warn(str(failure))
         return 1
 
 

@@ -1,10 +1,17 @@
 """Where a request ends, and what is no request."""
 
+import io
+import unittest
+
+import server as server_module
 from tests.tools import Server
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in
 from tests.tools_http import Answers, chunked, post, read_answer, request
 from tests.tools_requests import RequestTest
+
+
+EXPECTED_HEAD = ("POST", "/liveEvent", "HTTP/1.1")
 
 
 class Framing(RequestTest):
@@ -361,3 +368,42 @@ class Framing(RequestTest):
         )
         self.assertStatus(server, 200, head, b"%x\r\n" % len(EVENT), EVENT, b"\r\n", b"0\r\n\r\n")
         self.assertEqual(len(ids_in(server.log)), 1)
+
+
+class Reading(unittest.TestCase):
+    """A request is read as it stands there, whoever sent it."""
+
+    def read(self, sent):
+        """Read a request with a body, and return its head, its body, and what follows it."""
+        rfile = io.BytesIO(sent)
+        head = server_module.read_request(rfile)
+        framing = server_module.find_framing(head)
+        pieces = []
+        body = server_module.read_body(rfile, framing, pieces.append)
+        self.assertGreaterEqual(sum(pieces), len(body))
+        return head, body, rfile.read()
+
+    def test_a_request_ends_where_its_framing_says(self):
+        for case, sent in {"a length": post(body=EVENT), "chunks": chunked(EVENT, EVENT)}.items():
+            with self.subTest(case):
+                head, body, rest = self.read(sent + b"GET")
+                self.assertEqual((head.command, head.path, head.version), EXPECTED_HEAD)
+                self.assertEqual((body.replace(EVENT, b""), rest), (b"", b"GET"))
+
+    def test_fields_are_found_in_any_case(self):
+        head, _, _ = self.read(post("X-One: a", "x-one: b", body=EVENT))
+        self.assertEqual(head.headers["X-ONE"], "a, b")
+        self.assertEqual(head.headers.get("x-One"), "a, b")
+        self.assertIn("Content-Length", head.headers)
+        self.assertIsNone(head.headers.get("X-Two"))
+
+    def test_a_request_that_ends_early_is_not_whole_at_any_byte(self):
+        for sent in (post(body=EVENT), chunked(EVENT[:20], EVENT[20:])):
+            for end in range(len(sent)):
+                with self.subTest(end=end), self.assertRaises(server_module.Refusal) as caught:
+                    self.read(sent[:end])
+                self.assertEqual(caught.exception.status, 408)
+
+    def test_a_length_of_many_zeros_costs_no_time(self):
+        head, body, _ = self.read(post("Content-Length: " + "0" * 60_000 + "3") + b"abc")
+        self.assertEqual(body, b"abc")

@@ -1,6 +1,7 @@
 """The limits of the server: connections, time, memory."""
 
 import contextlib
+import http.client
 import os
 import resource
 import select
@@ -70,13 +71,13 @@ class Limits(RequestTest):
                 wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 wire.connect(worker.address)
                 wire.sendall(begins)
-                wait_until(lambda: worker.deadlines, "the connection is accepted")
+                wait_until(lambda: worker.connections, "the connection is accepted")
                 wire.setblocking(False)
 
                 def ended():
                     with contextlib.suppress(OSError):
                         wire.send(goes_on)
-                    return not worker.deadlines
+                    return not worker.connections
 
                 wait_until(ended, "the connection is given up")
                 self.assertEqual(said, [])
@@ -95,71 +96,35 @@ class Limits(RequestTest):
                 self.assertEqual(read_answer(waiting)[0], 200)
 
     def test_a_lack_of_memory_ends_no_deadline(self):
-        class Deadlines(dict):
-            def items(deadlines):
+        class Connections(dict):
+            def values(connections):
                 if not missing:
                     missing.append("memory")
                     raise MemoryError
-                return super().items()
+                return super().values()
 
         missing, log = [], unittest.mock.Mock(failed=None)
         with serving(log, IDLE_SECONDS=1, DRAIN_SECONDS=1) as worker:
-            worker.deadlines = Deadlines()
+            worker.connections = Connections()
             with socket.create_connection(worker.address, timeout=20) as idle:
                 self.assertEqual(idle.recv(1), b"")
             self.assertEqual(missing, ["memory"])
 
-    def test_a_worker_takes_no_more_connections_than_it_may_hold(self):
-        with (
-            serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=1) as worker,
-            contextlib.ExitStack() as stack,
-        ):
-            first, second = [
-                stack.enter_context(socket.create_connection(worker.address)) for _ in range(2)
-            ]
-            for wire in (first, second):
-                wire.sendall(request("GET", "/health"))
-            self.assertEqual(read_answer(first)[0], 200)
-            self.assertFalse(
-                select.select([second], [], [], 0.3)[0], "the second is not served yet"
-            )
-            first.close()
-            self.assertEqual(read_answer(second)[0], 200)
-
-    def test_lines_that_wait_for_the_disk_are_bounded(self):
-        line, done, goes_on = with_id("p", 1).encode(), [], threading.Event()
-        with (
-            opened_log(self.path("log")) as log,
-            unittest.mock.patch.multiple(
-                server_module, GROUP_BYTES=2 * len(line), sync_file=lambda fd: goes_on.wait(20)
-            ),
-        ):
-            threads = [
-                threading.Thread(target=log.append, args=[line, done.append]) for _ in range(10)
-            ]
-            for thread in threads:
-                thread.start()
-            wait_until(lambda: len(log._group) == 2, "the second group is full")
-            time.sleep(0.2)
-            self.assertEqual(len(log._group), 2)
-            goes_on.set()
-            for thread in threads:
-                thread.join(20)
-        self.assertEqual(done, [None] * 10)
-
     def test_few_batches_are_decoded_at_once(self):
-        check_lines, decoding, most = server_module.check_lines, [], []
+        judge_batch = server_module.judge_batch
+        decoding = []
+        most = []
 
-        def count(body, lines):
+        def count(body):
             decoding.append(body)
             most.append(len(decoding))
             time.sleep(0.1)
             decoding.pop()
-            return check_lines(body, lines)
+            return judge_batch(body)
 
         log = unittest.mock.Mock(failed=None, append=lambda lines, done: done(None))
         with (
-            unittest.mock.patch.object(server_module, "check_lines", count),
+            unittest.mock.patch.object(server_module, "judge_batch", count),
             contextlib.ExitStack() as stack,
             serving(log, DECODED_BATCHES=3) as worker,
         ):
@@ -223,3 +188,153 @@ class Limits(RequestTest):
             self.assertEqual(idle.recv(1), b"")
             read_answer(deaf)
             self.assertEqual(deaf.recv(1), b"")
+
+
+class Room(RequestTest):
+    """Peers who do nothing, or are never done, keep nobody else out."""
+
+    def connect(self, worker):
+        """Return a socket to a worker of this process, which is closed at the end."""
+        wire = socket.create_connection(worker.address, timeout=20)
+        self.addCleanup(wire.close)
+        return wire
+
+    def assertHealthy(self, wire):
+        """Check that a request on a socket is answered."""
+        wire.sendall(request("GET", "/health"))
+        self.assertEqual(read_answer(wire)[0], 200)
+
+    def test_whoever_was_silent_for_longest_makes_room_for_the_next_one(self):
+        with serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=3) as worker:
+            half, idle, third = [self.connect(worker) for _ in range(3)]
+            half.sendall(b"GET /health HTTP/1.1\r\nHo")
+            wait_until(lambda: len(worker.connections) == 3, "all are accepted")
+            for wire in (idle, third):
+                self.assertHealthy(wire)
+            self.assertHealthy(self.connect(worker))
+            self.assertEqual(read_answer(half)[0], 408)
+            self.assertEqual(half.recv(1), b"")
+            self.assertHealthy(idle)
+            self.assertHealthy(self.connect(worker))
+            self.assertEqual(third.recv(1), b"")
+            self.assertHealthy(idle)
+
+    def test_peers_who_ask_for_health_again_and_again_keep_nobody_out(self):
+        over = threading.Event()
+
+        def ask_again_and_again():
+            while not over.is_set():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    with socket.create_connection(worker.address, timeout=20) as wire:
+                        while not over.wait(0.3):
+                            self.assertHealthy(wire)
+
+        with serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=4) as worker:
+            threads = [threading.Thread(target=ask_again_and_again) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            try:
+                wait_until(lambda: len(worker.connections) == 4, "there is no room")
+                for _ in range(3):
+                    with socket.create_connection(worker.address, timeout=20) as wire:
+                        self.assertHealthy(wire)
+            finally:
+                over.set()
+                for thread in threads:
+                    thread.join(20)
+
+    def test_a_peer_who_reads_nothing_makes_room_at_once(self):
+        bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
+        settings = {"MAX_CONNECTIONS": 1, "DRAIN_SECONDS": 30}
+        with serving(unittest.mock.Mock(failed=None), **settings) as worker:
+            with socket.socket() as deaf:
+                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                deaf.connect(worker.address)
+                deaf.sendall(bad * 20)
+                (connection,) = wait_until(lambda: list(worker.connections.values()), "it came")
+                wait_until(lambda: connection.is_slow, "it does not read")
+                self.assertHealthy(self.connect(worker))
+
+    def test_whoever_waits_for_an_answer_keeps_the_connection(self):
+        pending = []
+        log = unittest.mock.Mock(failed=None, append=lambda lines, answer: pending.append(answer))
+        with serving(log, MAX_CONNECTIONS=1) as worker:
+            first = self.connect(worker)
+            first.sendall(post(body=EVENT))
+            wait_until(lambda: pending, "the event waits for the disk")
+            second = self.connect(worker)
+            second.sendall(request("GET", "/health"))
+            self.assertFalse(select.select([first, second], [], [], 0.5)[0])
+            pending[0](None)
+            self.assertEqual(read_answer(first)[0], 200)
+            self.assertEqual(read_answer(second)[0], 200)
+
+    def test_bodies_that_are_not_whole_are_bounded_together(self):
+        length = f"Content-Length: {len(EVENT)}"
+        parts = {
+            "with a length": post(length) + EVENT[:40],
+            "in chunks": post("Transfer-Encoding: chunked") + b"28\r\n" + EVENT[:40],
+        }
+        log = unittest.mock.Mock(failed=None, append=lambda lines, answer: answer(None))
+        for case, part in parts.items():
+            with (
+                self.subTest(case),
+                serving(log, HELD_BODY_BYTES=len(EVENT) + 30, DRAIN_SECONDS=2) as worker,
+            ):
+                first = self.connect(worker)
+                first.sendall(part)
+                wait_until(lambda: worker.bodies._left == 30 + len(EVENT) - 40, "it is counted")
+                second = self.connect(worker)
+                second.sendall(post(body=EVENT))
+                status, headers, _ = read_answer(second)
+                self.assertEqual((status, headers["Connection"]), (503, "close"))
+                self.assertHealthy(self.connect(worker))
+                first.close()
+                wait_until(lambda: worker.bodies._left == 30 + len(EVENT), "it is given back")
+                third = self.connect(worker)
+                third.sendall(post(body=EVENT))
+                self.assertEqual(read_answer(third)[0], 200)
+
+    def test_answers_that_nobody_reads_are_bounded_together(self):
+        bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
+        settings = {"UNREAD_ANSWER_BYTES": 1000, "DRAIN_SECONDS": 30}
+        with serving(unittest.mock.Mock(failed=None), **settings) as worker:
+            with socket.socket() as deaf:
+                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                deaf.connect(worker.address)
+                with contextlib.suppress(OSError):
+                    deaf.sendall(bad * 20)
+                wait_until(lambda: not worker.connections, "it is cut off")
+            self.assertEqual(worker.unread_answers._left, 1000)
+
+    def test_descriptors_of_any_number_are_served(self):
+        server = Server(
+            self,
+            "--workers",
+            "1",
+            patch="""
+import os, resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+for _ in range(1100):
+    os.set_inheritable(os.open("/dev/null", os.O_RDONLY), True)
+""",
+        )
+        self.assertEqual(server.post(EVENT)[0], 200)
+        self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
+
+    def test_a_limit_of_descriptors_that_cannot_be_raised_is_no_failure(self):
+        for error in ("ValueError", "PermissionError"):
+            with self.subTest(error):
+                server = Server(
+                    self,
+                    log=error,
+                    patch=f"""
+import resource
+def refuse(*_):
+    raise {error}("not allowed")
+resource.setrlimit = refuse
+resource.getrlimit = lambda _: (256, resource.RLIM_INFINITY)
+""",
+                )
+                self.assertEqual(server.post(EVENT)[0], 200)

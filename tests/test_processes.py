@@ -13,7 +13,16 @@ import unittest
 import unittest.mock
 
 import server as server_module
-from tests.tools import Server, SystemTest, alive, can_bind, free_port, wait_until
+from tests.tools import (
+    Server,
+    SystemTest,
+    alive,
+    can_bind,
+    children_of,
+    free_port,
+    patched,
+    wait_until,
+)
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in, write_events
 from tests.tools_http import post, read_answer, serving
@@ -219,3 +228,126 @@ threading.Thread.start = start_or_fail
                     self.assertEqual(connection.getresponse().status, 503)
                 process.terminate()
                 self.assertEqual(process.wait(20), 0)
+
+    def assertEnds(self, patch, *words):
+        """Check that a server with a patch ends with status 1 and says these words."""
+        script, path = patched("server", "server.RESTART_SECONDS = 0.05\n" + patch)
+        ended = subprocess.run(
+            [sys.executable, *script, "--port", "0"],
+            cwd=self.directory,
+            timeout=20,
+            env=os.environ | path,
+            capture_output=True,
+            text=True,
+        )
+        self.assertEqual(ended.returncode, 1, ended.stderr)
+        for word in words:
+            self.assertIn(word, ended.stderr)
+        self.assertNotIn("Traceback", ended.stderr)
+
+    def test_a_server_whose_workers_cannot_work_ends_and_says_why(self):
+        no_threads = """
+import threading
+def fail(self):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = fail
+"""
+        no_processes = """
+import os
+forks = []
+def fork(real=os.fork):
+    if forks:
+        raise OSError(11, "Resource temporarily unavailable")
+    forks.append(1)
+    pid = real()
+    if not pid:
+        os._exit(1)
+    return pid
+os.fork = fork
+"""
+        killed = """
+import os
+def die(*_):
+    os.kill(os.getpid(), 9)
+server.Worker.run = die
+"""
+        self.assertEnds(no_threads, "can't start new thread", "in a row")
+        self.assertEnds(killed, "status -9", "in a row")
+        self.assertEnds(no_processes, "Resource temporarily unavailable")
+
+    def test_a_worker_that_dies_again_and_again_is_replaced_while_another_one_lives(self):
+        server = Server(self, "--workers", "2", patch="server.RESTART_SECONDS = 0.01")
+        survivor, worker = server.workers()
+        time.sleep(server_module.QUICK_DEATH_SECONDS)
+        for _ in range(server_module.QUICK_DEATHS + 3):
+            os.kill(worker, signal.SIGKILL)
+            (worker,) = wait_until(
+                lambda: set(server.workers()) - {survivor, worker}, "there is another one"
+            )
+        self.assertEqual(server.post(EVENT)[0], 200)
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_worker_that_stands_still_keeps_no_server_from_its_end(self):
+        server = Server(self, patch="server.STOP_SECONDS = server.KILL_SECONDS = 0.2")
+        workers = server.workers()
+        os.kill(workers[0], signal.SIGSTOP)
+        self.assertEqual(server.stop(), 1)
+        wait_until(lambda: not any(map(alive, workers)), "no worker is left")
+
+    def test_a_stderr_that_takes_nothing_holds_up_nobody(self):
+        failing = self.path("failing")
+        script, path = patched(
+            "server",
+            f"""
+import os
+def sync(fd, real=server.sync_file):
+    if os.path.exists({str(failing)!r}):
+        raise OSError(28, "No space left on device")
+    real(fd)
+def write_all(fd, data, real=server.write_all):
+    if os.path.exists({str(failing)!r}):
+        raise OSError(28, "No space left on device")
+    real(fd, data)
+server.write_all = write_all
+""",
+        )
+        port = free_port()
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        self.addCleanup(os.close, writing)
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 65536)
+        os.set_blocking(writing, True)
+        process = subprocess.Popen(
+            [sys.executable, *script, "--port", str(port), "--workers", "1"],
+            cwd=self.directory,
+            env=os.environ | path | {"DATABASE_URL": "postgresql://localhost:1/x"},
+            stdout=subprocess.DEVNULL,
+            stderr=writing,
+        )
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+
+        def status_of(*arguments):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            with contextlib.closing(connection):
+                connection.request(*arguments)
+                return connection.getresponse().status
+
+        event = ("POST", "/liveEvent", EVENT, {"Content-Type": "application/json"})
+        wait_until(lambda: not can_bind(port), "it listens")
+        self.assertEqual(status_of(*event), 200)
+        failing.touch()
+        self.assertEqual([status_of(*event) for _ in range(3)], [507] * 3)
+        self.assertEqual(status_of("GET", "/userEvents/user1"), 503)
+        (worker,) = children_of(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(
+            lambda: children_of(process.pid) not in ([], [worker]), "there is another worker"
+        )
+        failing.unlink()
+        self.assertEqual(status_of(*event), 200)
+        process.terminate()
+        self.assertEqual(process.wait(20), 0)

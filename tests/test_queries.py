@@ -1,0 +1,273 @@
+"""The server asks the database, which may be slow, silent, or not there."""
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+import unittest
+import unittest.mock
+import weakref
+
+import data_processor
+import server as server_module
+from tests.tools import Server, SystemTest, free_port, wait_until
+from tests.tools_database import locked_users, query, setUpModule, terminate_backends, waiting
+from tests.tools_events import EVENT, ids_in
+from tests.tools_parts import warnings_of
+
+USER1 = "/userEvents/user1"
+
+
+def find_revenues(database, users):
+    """Return what a Database of this process answers for each of users, in any order."""
+    answers = []
+    threads = []
+    for user in users:
+        arguments = [user, answers.append]
+        threads.append(threading.Thread(target=database.find_revenue, args=arguments))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return answers
+
+
+class Asking(SystemTest):
+    """Each question has its answer in time, whatever the database does."""
+
+    def database(self):
+        """Return a Database of this process, whose connection is closed at the end."""
+        database = server_module.Database()
+        self.addCleanup(database._disconnect)
+        return database
+
+    def ask_at_once(self, server, count):
+        """Ask for one user in so many threads, and return the threads and the statuses."""
+        statuses = []
+
+        def ask():
+            statuses.append(server.ask("GET", USER1)[0])
+
+        threads = [threading.Thread(target=ask) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        return threads, statuses
+
+    def test_without_a_database_the_server_takes_events(self):
+        server = Server(self, DATABASE_URL=f"postgresql://localhost:{free_port()}/nowhere")
+        self.assertEqual(server.post(EVENT)[0], 200)
+        status, headers, _ = server.ask("GET", USER1)
+        self.assertEqual((status, headers["Retry-After"]), (503, "2"))
+        self.assertEqual(server.ask("GET", "/health")[0], 200)
+        self.assertEqual(len(ids_in(server.log)), 1)
+
+    def test_a_database_that_hangs_starves_no_post(self):
+        server = Server(self, "--workers", "1")
+        self.assertEqual(server.ask("GET", USER1)[0], 404)
+        with locked_users():
+            asking, statuses = self.ask_at_once(server, 20)
+            self.assertEqual(server.post(EVENT)[0], 200)
+            self.assertTrue(all(thread.is_alive() for thread in asking))
+            self.assertEqual(server.ask("GET", USER1)[0], 503)
+            for thread in asking:
+                thread.join()
+            wait_until(lambda: not waiting(), "no query is left waiting")
+        self.assertEqual(statuses, [503] * 20)
+        self.assertEqual(server.ask("GET", USER1)[0], 404)
+        terminate_backends()
+        self.assertEqual(server.ask("GET", USER1)[0], 404)
+
+    def test_a_backend_that_stands_still_is_left_for_another_one(self):
+        server = Server(self, "--workers", "1")
+        self.assertEqual(server.ask("GET", USER1)[0], 404)
+        ((backend,),) = query(
+            "SELECT pid FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name = 'server.py'"
+        )
+        os.kill(backend, signal.SIGSTOP)
+        self.addCleanup(os.kill, backend, signal.SIGCONT)
+        self.assertEqual(server.ask("GET", USER1)[0], 503)
+        self.assertEqual(server.ask("GET", USER1)[0], 404)
+
+    def test_a_database_that_falls_silent_is_not_waited_for(self):
+        welcome = b"R" + struct.pack(">II", 8, 0)
+        for setting in (
+            b"client_encoding\0UTF8\0",
+            b"DateStyle\0ISO\0",
+            b"standard_conforming_strings\0on\0",
+        ):
+            welcome += b"S" + struct.pack(">I", 4 + len(setting)) + setting
+        ready = b"Z" + struct.pack(">I", 5) + b"I"
+        with socket.create_server(("127.0.0.1", 0)) as database:
+            database.settimeout(20)
+            port = database.getsockname()[1]
+            url = f"postgresql://127.0.0.1:{port}/x?sslmode=disable&gssencmode=disable"
+            server = Server(self, "--workers", "1", DATABASE_URL=url)
+            server.ask("GET", "/health")
+            self.assertFalse(
+                select.select([database], [], [], 0)[0],
+                "health has nothing to do with the database",
+            )
+            for case, greeting in {"after it": welcome + ready, "from the start": b""}.items():
+                with self.subTest(case):
+                    (asking,), statuses = self.ask_at_once(server, 1)
+                    wire, _ = database.accept()
+                    with wire:
+                        wire.sendall(greeting)
+                        asking.join()
+                    self.assertEqual(statuses, [503])
+
+    def test_many_who_ask_a_distant_database_do_not_wait_for_each_other(self):
+        server = Server(
+            self,
+            "--workers",
+            "1",
+            patch="""
+import time
+def wait_for(connection, deadline, real=server.wait_for):
+    time.sleep(0.03)
+    real(connection, deadline)
+server.wait_for = wait_for
+""",
+        )
+        asking, statuses = self.ask_at_once(server, 200)
+        for thread in asking:
+            thread.join()
+        self.assertEqual(statuses, [404] * 200)
+
+    def test_a_name_that_is_looked_up_for_ever_holds_up_nobody(self):
+        found = self.path("found")
+        server = Server(
+            self,
+            "--workers",
+            "1",
+            patch=f"""
+import os, time
+def connect(real=server.connect, **parameters):
+    while not os.path.exists({str(found)!r}):
+        time.sleep(0.01)
+    return real(**parameters)
+server.connect = connect
+""",
+        )
+        asking, statuses = self.ask_at_once(server, 20)
+        self.assertEqual(server.post(EVENT)[0], 200)
+        self.assertEqual(server.ask("GET", USER1)[0], 503)
+        for thread in asking:
+            thread.join()
+        self.assertEqual(statuses, [503] * 20)
+        found.touch()
+        wait_until(lambda: server.ask("GET", USER1)[0] == 404, "the connection is there")
+
+    def test_the_reason_why_the_database_does_not_answer_is_said_once(self):
+        server = Server(self, "--workers", "1")
+        with locked_users():
+            self.assertEqual([server.ask("GET", USER1)[0] for _ in range(2)], [503, 503])
+        self.assertEqual(server.ask("GET", USER1)[0], 404)
+        wait_until(lambda: len(server.said()) == 2, "both are said")
+        began, ended = server.said()
+        self.assertRegex(
+            began, "The database: (no answer within 2 seconds|canceling statement due to .*)"
+        )
+        self.assertEqual(ended, "The database: it answers again.")
+
+    def test_a_wrong_database_is_named_in_a_sentence(self):
+        cases = {
+            "a missing one": (
+                f"{os.environ['DATABASE_URL']} dbname=nowhere",
+                '"nowhere" does not exist',
+            ),
+            "a malformed URL": (
+                "postgresql+psycopg2://app:S3cret@db/shop",
+                "DATABASE_URL is malformed",
+            ),
+        }
+        for case, (url, words) in cases.items():
+            with self.subTest(case):
+                server = Server(self, "--workers", "1", DATABASE_URL=url, log=case)
+                for _ in range(2):
+                    status, headers, _ = server.ask("GET", USER1)
+                    self.assertEqual((status, headers["Retry-After"]), (503, "2"))
+                (said,) = wait_until(server.said, "the reason is said")
+                self.assertIn(words, said)
+                self.assertNotIn("S3cret", said)
+
+    def test_a_query_leaves_nothing_behind_in_its_session(self):
+        database = self.database()
+        self.assertEqual(find_revenues(database, ["user1"]), [None])
+        connection = database._connection
+        with connection.cursor() as sql:
+            sql.execute("SHOW statement_timeout")
+            data_processor.wait_for(connection, time.monotonic() + 20)
+            self.assertEqual((sql.fetchone(), connection.notices), (("0",), []))
+
+    def test_whoever_asks_for_the_same_user_has_the_same_answer(self):
+        query("INSERT INTO users_revenue VALUES ('user1', 1.50), ('user2', -2)")
+        users = ["user1", "user2", "user1", "nobody"] * 10
+        answers = find_revenues(self.database(), users)
+        self.assertCountEqual(answers, ["1.5", "-2", "1.5", None] * 10)
+
+    def test_a_user_id_that_no_event_has_is_not_asked_for(self):
+        database = self.database()
+        with unittest.mock.patch.object(server_module, "connect") as connect:
+            answers = find_revenues(database, ["\0", "user\0", "x" * 256, "x" * 60_000])
+            self.assertEqual(answers, [None] * 4)
+            connect.assert_not_called()
+
+    def test_ten_thousand_who_wait_share_one_query(self):
+        query("INSERT INTO users_revenue SELECT 'user' || n, n FROM generate_series(0, 9999) AS n")
+        database = self.database()
+        find_revenues(database, ["user1"])  # connects
+        answers = []
+        threads = []
+        with locked_users():
+            for number in range(2):  # they work, this round and the next one
+                arguments = [f"user{number}", answers.append]
+                threads.append(threading.Thread(target=database.find_revenue, args=arguments))
+                threads[-1].start()
+                wait_until(waiting, "the first one asks")
+            wait_until(lambda: database._rounds._members, "the second one waits")
+            for number in range(2, 10_000):
+                database.find_revenue(f"user{number}", answers.append)
+        for thread in threads:
+            thread.join(20)
+        self.assertCountEqual(answers, [str(number) for number in range(10_000)])
+
+    def test_nothing_is_kept_of_what_waited_in_vain(self):
+        class Answer:
+            def __call__(self, revenue):
+                answers.append(revenue)
+
+        database = self.database()
+        answers = []
+        answer = Answer()
+        kept = weakref.ref(answer)
+        with locked_users(), contextlib.redirect_stderr(None):
+            database.find_revenue("user1", answer)
+        self.assertIsInstance(answers.pop(), server_module.NoRevenue)
+        del answer
+        gc.collect()
+        self.assertIsNone(kept())
+
+    def test_without_a_thread_for_a_connection_the_database_does_not_answer(self):
+        database = self.database()
+        with (
+            unittest.mock.patch.object(
+                server_module.threading.Thread,
+                "start",
+                side_effect=RuntimeError("can't start new thread"),
+            ),
+            warnings_of(data_processor) as said,
+        ):
+            answers = []
+            database.find_revenue("user1", answers.append)
+            self.assertIsInstance(answers[0], server_module.NoRevenue)
+        with warnings_of(data_processor) as said_again:
+            self.assertEqual(find_revenues(database, ["user1"]), [None])
+        self.assertEqual(said, ["The database: can't start new thread."])
+        self.assertEqual(said_again, ["The database: it answers again."])
