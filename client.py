@@ -1,30 +1,36 @@
 """Send the events of a file to the server, each exactly once, then exit.
 
-FILE.delivery keeps the delivery's producer id from before the first request
-until every line has been answered. With it and a line's number the system
-recognises a line that is sent again: after a kill, run the same command again.
-EVENTS_AUTHORIZATION is sent as the Authorization header.
-
-Example: python client.py events.jsonl --url http://localhost:8000/liveEvent
+The promise is kept by the file FILE.delivery and the class StateFile, which can be read alone.
+The parts of this file, in order: what is printed; files; the state file; the source file;
+requests; the end of a delivery; the command line. It needs Python's standard library alone and
+can be copied to any machine by itself.
 """
-# The parts, in order: what is printed; the delivery of a file; batches; requests; the run. This file needs Python's
-# standard library alone and can be copied to any machine by itself.
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import datetime
+import email.utils
 import errno
+import functools
 import hashlib
 import http.client
 import json
+import math
 import os
 import random
 import re
 import secrets
+import select
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
+import typing
+import urllib.error
+import urllib.parse
 import urllib.request
 
 if sys.version_info < (3, 11):
@@ -33,213 +39,861 @@ try:
     import fcntl
 except ImportError:
     sys.exit("client.py locks files with fcntl: it needs Linux or macOS, or WSL on Windows.")
+try:
+    import ssl
+except ImportError:
+    ssl = None
 
-BATCH_BYTES = 512 * 1024  # in a request's body
+# What --help says. It is no docstring, because python -OO removes those.
+DESCRIPTION = """\
+Send the events of a file to the server, each exactly once, then exit.
+
+FILE.delivery keeps the id of the delivery and how far it is, until every line has been answered.
+If the client is interrupted, run the same command again: it goes on, and nothing counts twice.
+EVENTS_AUTHORIZATION is sent as the Authorization header.
+
+Example: python client.py events.jsonl --url http://localhost:8000/liveEvent
+"""
+
+# The most bytes of a request's body. The server takes 1 MiB.
+BATCH_BYTES = 512 * 1024
+# The first batches are smaller, so that a slow line can carry them in time.
+FIRST_BATCH_BYTES = 64 * 1024
+# Batches do not become smaller than this, which is few enough for the slowest line.
+SMALLEST_BATCH_BYTES = 4 * 1024
+# An answer within this time says that the next batch may be larger.
+FAST_ANSWER_SECONDS = 1.0
+# So many bytes are read from the file at once.
+READ_BYTES = 1024 * 1024
+# Requests that are under way at once: enough to keep the server busy while answers travel.
 CONCURRENT_REQUESTS = 4
-BATCHES_AHEAD = 2 * CONCURRENT_REQUESTS  # read and not yet answered: all that is held in memory
-REQUEST_SECONDS = 10  # without a byte from the server
-MAX_ANSWER_BYTES = 8 * 1024 * 1024  # 10,000 lines with an error each
-FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 5.0
-SILENT_SECONDS = 1  # the step in which the time without success is counted; after one, we say that we wait
-PROGRESS_SECONDS = 0.5
+# Batches that are read and not yet answered: all that is held in memory.
+BATCHES_AHEAD = 2 * CONCURRENT_REQUESTS
+# An answer has at most so many bytes: 10,000 rejected lines with an error each.
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+# A note in FILE.delivery has at most so many: a batch whose bytes are all escaped, and more.
+MAX_NOTE_BYTES = 8 * BATCH_BYTES
+# Of a server's words, so many characters are shown.
+MAX_WORDS = 300
 
-ADVICE = {401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.", 413: " Lower --batch-size."}
-JSON, NDJSON = "application/json", "application/x-ndjson"
-BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*+(?=\n)")  # with the newline before it
+# An address that does not take a connection for so long is given up for the next one.
+CONNECT_SECONDS = 5.0
+# A request of which the network takes no byte for so long has failed.
+STALL_SECONDS = 10.0
+# After a request could not be sent whole, its answer, which may be there, is waited for so long.
+REFUSAL_SECONDS = 1.0
+# A server whose host has vanished is noticed after so long (three probes without an answer), even
+# while its answer is waited for.
+PROBE_SECONDS = 5
+PROBES = 3
+# No socket waits longer than a day, however large --give-up-after is.
+LONGEST_WAIT_SECONDS = 86_400.0
+# The pause before a request is sent again doubles from one to the other.
+FIRST_BACKOFF_SECONDS = 0.05
+MAX_BACKOFF_SECONDS = 5.0
+# Time without success is counted in steps of so long. After one, we say that we wait.
+STEP_SECONDS = 1.0
+# The progress is shown once in so long.
+PROGRESS_SECONDS = 0.5
+# A line on stderr waits so long for a reader that is only slow. After one that was dropped,
+# nothing waits until something can be written again.
+READER_SECONDS = 0.1
+
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+# Statuses by which a server of single events refuses one event and not the request.
+EVENT_REFUSALS = (400, 413, 422)
+# Statuses with which a server answers OPTIONS that does not know it.
+OPTIONS_UNKNOWN = (404, 405, 501)
+# What to do about a status, where we know more than the server says.
+ADVICE = {
+    401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.",
+    413: " Lower --batch-size.",
+}
+# What to do about a delivery that cannot go on.
+RESTART_ADVICE = (
+    "Restore it, or run again with --restart to send the whole file as a new delivery; lines that "
+    "were already delivered then count twice."
+)
+# A producer id as the server takes it.
+PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
+# How FILE.delivery begins.
+STATE_BEGINNING = b'{"producerId": "'
 
 
 class Failure(Exception):
-    """Something that ends the run: a sentence that says what is wrong and what to do."""
+    """Something that ends the run; each argument is a sentence that says what is wrong or what to
+    do."""
+
+
+# ---- What is printed ----------------------------------------------------------------------
+
+
+def printable(words):
+    """Return words with a backslash escape for what a terminal could obey or not show."""
+    escaped = []
+    for character in words:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        escaped.append(character)
+    return "".join(escaped)
+
+
+def hide_password(words):
+    """Return words without what stands between "://" and "@" in a URL that was typed."""
+    shown = []
+    for word in words.split(" "):
+        scheme, separator, rest = word.partition("://")
+        _, at, address = rest.rpartition("@")
+        if at:
+            word = scheme + separator + address
+        shown.append(word)
+    return " ".join(shown)
+
+
+def is_terminal(stream):
+    """Tell whether stream is a terminal; a closed one is not."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return stream.isatty()
+    return False
+
+
+def write_without_waiting(fd, data, patience):
+    """Write the beginning of data to fd once it takes something; return how many bytes, 0 when it
+    took nothing for patience seconds. Raise OSError."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.write(fd, data)
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if not poll.poll(patience * 1000):
+        return 0
+    # What is ready may have less room than data needs, and would wait for the rest. A descriptor
+    # of its own can refuse to wait without changing the one that other programs share.
+    own = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        own_fd = os.open(f"/dev/fd/{fd}", own)
+    except OSError:  # a socket, or somebody else's pipe: when it is ready, it takes so much
+        return os.write(fd, data[:512])
+    try:
+        if os.get_blocking(own_fd):  # macOS gives the same one once more
+            data = data[:512]
+        return os.write(own_fd, data)
+    except BlockingIOError:
+        return 0
+    finally:
+        os.close(own_fd)
+
+
+class Printer:
+    """Lines on stdout or stderr that decide nothing and delay nothing.
+
+    The stream may be closed, full, broken or stopped, or its encoding may lack a character:
+    nothing is raised. A line that it does not take is dropped. Only the main thread prints.
+
+    name      "stdout" or "stderr"
+    dropped   how many lines were dropped since the last one that was written
+    _torn     whether the last line was written in part
+    """
+
+    def __init__(self, name):
+        self.name = name
+        self.dropped = 0
+        self._torn = False
+
+    def line(self, words):
+        """Write a line; on a terminal it takes the place of the progress."""
+        beginning = ""
+        if self._torn:
+            beginning = "\n"
+        if is_terminal(self._stream()):
+            beginning += "\r\033[K"
+        if self.dropped:
+            beginning += f"({self.dropped} lines could not be printed here.)\n"
+        patience = READER_SECONDS
+        if self.dropped:
+            patience = 0.0
+        if self._write(beginning + printable(words) + "\n", patience):
+            self.dropped = 0
+        else:
+            self.dropped += 1
+
+    def progress(self, words):
+        """Show words, if this is a terminal, in one line that the next output replaces."""
+        stream = self._stream()
+        if is_terminal(stream) and not self.dropped:
+            width = 80
+            with contextlib.suppress(OSError):
+                width = os.get_terminal_size(stream.fileno()).columns or width
+            self._write("\r\033[K" + printable(words)[: width - 1], 0.0)
+
+    def _stream(self):
+        return getattr(sys, self.name)
+
+    def _write(self, text, patience):
+        """Write text and return True, or False if a part of it was dropped."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream = self._stream()
+            data = text.encode(stream.encoding, "backslashreplace")
+            whole = len(data)
+            while data:
+                written = write_without_waiting(stream.fileno(), data, patience)
+                if not written:
+                    self._torn = self._torn or len(data) < whole
+                    return False
+                data = data[written:]
+            self._torn = False
+            return True
+        return False
+
+
+STDOUT = Printer("stdout")
+STDERR = Printer("stderr")
+
+
+def warn(words):
+    """Print a line to stderr."""
+    STDERR.line(words)
+
+
+# ---- Files --------------------------------------------------------------------------------
+
+
+def open_regular(path, flags, mode=0o640):
+    """Return a descriptor of the regular file at path, or raise OSError, also if it is anything
+    else."""
+    # O_NONBLOCK: a named pipe would wait for a writer.
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "is not a regular file", path)
+
+
+def leads_to(path, fd):
+    """Tell whether path still leads to the open file fd, which was neither renamed nor removed."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
+
+
+def write_all(fd, data):
+    """Write all bytes to fd, or raise OSError."""
+    while data:
+        written = os.write(fd, data)
+        data = data[written:]
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Let an OSError of a descriptor name the file that it belongs to."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
+
+
+@contextlib.contextmanager
+def unless_unsupported():
+    """Take it for no failure that a file system has no sync at all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+
+
+def sync_file(fd):
+    """Return when the file is on the disk, or raise OSError."""
+    with unless_unsupported():
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
+        else:
+            os.fsync(fd)
+
+
+def sync_directory(path):
+    """Return when the names in a directory are on the disk, or raise OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with naming(path), unless_unsupported():
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def decode_object(text):
+    """Return the JSON object in text, or None if it is anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        return value
+    return None
+
+
+def is_count(value):
+    """Tell whether a JSON value is a whole number from 0 on. (True is an int in Python.)"""
+    return type(value) is int and value >= 0
+
+
+# ---- The state file -----------------------------------------------------------------------
+
+
+class Content(typing.NamedTuple):
+    """What is in the source file when a delivery begins."""
+
+    size: int  # in bytes; what is appended later is not sent
+    sha256: str  # in hexadecimal
+
+
+class Progress(typing.NamedTuple):
+    """How far every line of the source file is answered, counted from its start."""
+
+    lines: int = 0  # that are answered, blank ones included
+    offset: int = 0  # where the next line begins, in bytes
+    accepted: int = 0  # events
+    rejected: int = 0  # events
+
+
+class Note(typing.NamedTuple):
+    """A line of FILE.delivery that was written when a batch was answered."""
+
+    progress: Progress  # with this batch
+    rejected_lines: list  # of this batch, as they were sent, in bytes and without line ends
+    size: int  # of the note itself, in bytes
+
+
+class StateFile:
+    """FILE.delivery: the lock and the memory of one delivery. The client's promise is kept here.
+
+    The first line holds the producer id and the content of the source file. It is durable before
+    the first request. Line i of the source file is always sent with the event id (producer id, i),
+    by which the system recognises it when it is sent again. So a client that goes on with the same
+    producer id counts nothing twice, wherever the one before was killed.
+
+    Behind the first line stands a note for each answered batch. With it a client goes on where the
+    one before was, and loses no rejected line. Notes are not made durable at once: what a power
+    cut takes is sent again, and rejected again.
+
+    The file is changed only under its lock and only through the descriptor that is locked, so
+    that nobody's delivery is touched by name.
+
+    path         of the file
+    producer_id  of the delivery, once begin() or resume() has returned
+    progress     of the last note
+    _source      path of the source file
+    _fd          the descriptor, which holds the lock
+    _end         the length of all that is whole, in bytes; the next note is written there
+    """
+
+    def __init__(self, source):
+        """Open and lock FILE.delivery of a source file; raise Failure or OSError.
+
+        It is created if it is missing.
+        """
+        self._source = source
+        self.path = source + ".delivery"
+        self.producer_id = None
+        self.progress = Progress()
+        self._end = 0
+        self._fd = self._lock()
+
+    def _lock(self):
+        while True:
+            # O_RDWR: a file on NFS can only be locked by somebody who may write it.
+            fd = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            try:
+                with naming(self.path):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                words = f"{self._source} is being sent by another client. Wait until it is done."
+                raise Failure(words) from None
+            # Another client may have ended, and removed the file, before we locked it.
+            if leads_to(self.path, fd):
+                return fd
+            os.close(fd)
+
+    def read(self):
+        """Return the Content whose delivery is unfinished, or None if nothing was sent yet; raise
+        Failure if neither can be told."""
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            line = file.readline(MAX_NOTE_BYTES)
+        if self._is_torn(line):
+            return None
+        state = decode_object(line) or {}
+        producer_id = state.get("producerId")
+        if not isinstance(producer_id, str) or not PRODUCER_ID.fullmatch(producer_id):
+            raise Failure(f"{self.path} cannot be understood. {RESTART_ADVICE}")
+        self.producer_id = producer_id
+        self._end = len(line)
+        for note in self.notes():
+            self.progress = note.progress
+            self._end += note.size
+        return Content(state.get("size"), state.get("sha256"))
+
+    @staticmethod
+    def _is_torn(line):
+        """Tell whether a first line was not written to its end. Then nothing was sent.
+
+        (A whole JSON object without a line end was written by an earlier version: it is whole.)
+        """
+        if line.endswith(b"\n") or decode_object(line) is not None:
+            return False
+        written = line.rstrip(b"\0")  # a power cut can leave these
+        # Anything else is somebody's text, which must not be overwritten.
+        return written.startswith(STATE_BEGINNING) or STATE_BEGINNING.startswith(written)
+
+    def notes(self):
+        """Yield each Note, up to the first that is not whole."""
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            file.readline(MAX_NOTE_BYTES)
+            before = Progress()
+            while True:
+                note = self._decode_note(file.readline(MAX_NOTE_BYTES), before)
+                if note is None:
+                    return
+                yield note
+                before = note.progress
+
+    @staticmethod
+    def _decode_note(line, before):
+        """Return the Note that line holds, or None if it is not whole or does not follow on the
+        progress before."""
+        note = decode_object(line)
+        if note is None or not line.endswith(b"\n"):
+            return None
+        try:
+            counts = [note[field] for field in Progress._fields]
+            rejected_lines = [text.encode("latin-1") for text in note["rejectedLines"]]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return None
+        if not all(is_count(count) for count in counts):
+            return None
+        progress = Progress(*counts)
+        if any(now < then for now, then in zip(progress, before)):
+            return None
+        if progress.rejected - before.rejected != len(rejected_lines):
+            return None
+        return Note(progress, rejected_lines, len(line))
+
+    def begin(self, content):
+        """Begin a delivery under a new producer id; return when that is durable, or raise
+        OSError."""
+        self.producer_id = secrets.token_urlsafe(16)
+        self.progress = Progress()
+        state = {"producerId": self.producer_id, **content._asdict()}
+        line = json.dumps(state).encode() + b"\n"
+        with naming(self.path):
+            os.ftruncate(self._fd, 0)
+            write_all(self._fd, line)
+        self._end = len(line)
+        self.sync()
+
+    def resume(self):
+        """Go on with the delivery that read() found: cut off a torn note, and return when the rest
+        is durable. (The client before may have been killed before that was done.) Raise OSError."""
+        with naming(self.path):
+            os.ftruncate(self._fd, self._end)
+            if os.pread(self._fd, 1, self._end - 1) != b"\n":
+                write_all(self._fd, b"\n")
+                self._end += 1
+        self.sync()
+
+    def note(self, progress, rejected_lines):
+        """Note that a batch was answered, and its rejected lines; raise OSError if they cannot be
+        kept."""
+        texts = [line.decode("latin-1") for line in rejected_lines]  # any bytes are a text so
+        note = {**progress._asdict(), "rejectedLines": texts}
+        line = json.dumps(note).encode() + b"\n"
+        with naming(self.path):
+            try:
+                write_all(self._fd, line)
+                self._end += len(line)
+            except OSError:
+                os.ftruncate(self._fd, self._end)  # no note may stand behind a torn one
+                # Without rejected lines, the next note says all that this one would have said.
+                if rejected_lines:
+                    raise
+        self.progress = progress
+
+    def sync(self):
+        """Return when the file and its name are on the disk, or raise OSError."""
+        with naming(self.path):
+            sync_file(self._fd)
+        sync_directory(os.path.dirname(self.path))
+
+    def forget(self):
+        """End the delivery: the next client begins a new one. Raise OSError if it cannot be ended.
+
+        Once the file is empty, nothing more can go wrong: should it come back after a power cut,
+        then only the receipt is printed once more.
+        """
+        with naming(self.path):
+            os.ftruncate(self._fd, 0)
+        with contextlib.suppress(OSError):
+            sync_file(self._fd)
+        # Somebody may have renamed the file, and another client may own one of this name.
+        if leads_to(self.path, self._fd):
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+                sync_directory(os.path.dirname(self.path))
+
+    def close(self):
+        """Release the lock."""
+        os.close(self._fd)
+
+
+# ---- The source file ----------------------------------------------------------------------
+
+
+class Batch(typing.NamedTuple):
+    """Consecutive lines that are sent together."""
+
+    first: int  # the number of the first line in the file, from 1 on
+    lines: int
+    events: int  # lines that are not blank
+    body: bytes  # what is sent: the lines, each with its line end
+    end: int  # where the batch that was read ends in the file, in bytes
+
+    def halves(self):
+        """Return two batches with half of the lines each."""
+        lines = self.body.split(b"\n")
+        lines.pop()  # what is behind the last line end: nothing
+        half = self.lines // 2
+        return [
+            make_batch(self.first, lines[:half], self.end),
+            make_batch(self.first + half, lines[half:], self.end),
+        ]
+
+
+def make_batch(first, lines, end):
+    """Return the Batch of some lines, given without their line ends."""
+    events = [line for line in lines if line.strip()]
+    body = b"\n".join(lines) + b"\n"
+    return Batch(first, len(lines), len(events), body, end)
+
+
+class BatchSize:
+    """How large the next batch may be.
+
+    The threads of requests change it and the main thread reads it. It is only a guess, which
+    nobody changes in two steps, so that it needs no lock.
+
+    lines  at most
+    bytes  at most, unless a line alone is longer
+    """
+
+    def __init__(self, lines):
+        self.lines = lines
+        self.bytes = min(FIRST_BATCH_BYTES, BATCH_BYTES)
+
+    def answered_after(self, seconds):
+        """Let batches grow while answers come fast."""
+        if seconds < FAST_ANSWER_SECONDS:
+            self.bytes = min(2 * self.bytes, BATCH_BYTES)
+
+    def timed_out(self):
+        """Let batches become smaller."""
+        self.bytes = max(self.bytes // 2, SMALLEST_BATCH_BYTES)
+
+
+class Source:
+    """The file that is sent. Every byte of its content is sent as it was read, and read once.
+
+    name       as the user typed it
+    content    the Content when the run began
+    _fd        the descriptor
+    _hash      SHA-256 of all bytes up to _position, as they were when they were read
+    _position  up to here the file was read for batches
+    _unsent    bytes before _position; those before the index _taken are in batches
+    _offset    up to here the file is in batches
+    """
+
+    def __init__(self, name, path):
+        """Open the file at path, or raise OSError."""
+        self.name = name
+        self.content = None
+        try:
+            self._fd = open_regular(path, os.O_RDONLY)
+        except OSError as error:
+            error.filename = name
+            raise
+        self._hash = None
+        self._position = 0
+        self._unsent = b""
+        self._taken = 0
+        self._offset = 0
+
+    def measure(self, offset):
+        """Read the file once to learn its content. Batches will begin at offset. Raise OSError."""
+        self._position = offset
+        self._offset = offset
+        digest = hashlib.sha256()
+        size = self._hash_up_to(digest, 0, offset)
+        self._hash = digest.copy()
+        size = self._hash_up_to(digest, size, math.inf)
+        self.content = Content(size, digest.hexdigest())
+
+    def _hash_up_to(self, digest, position, end):
+        """Feed digest with the bytes from a position to an end; return where they end."""
+        while position < end:
+            data = os.pread(self._fd, min(READ_BYTES, end - position), position)
+            if not data:
+                break
+            digest.update(data)
+            position += len(data)
+        return position
+
+    def batches(self, first, size):
+        """Yield all lines from the first one on as batches of at most a BatchSize.
+
+        Of a line that is longer than BATCH_BYTES, the beginning is sent with "..." behind it: it
+        is no JSON then, and the server rejects it.
+        """
+        while self._read_ahead():
+            lines = self._take_lines(size)
+            if not lines:
+                lines = [self._take_long_line()]
+            # The last line end may be ours, and not in the file.
+            end = min(self._offset, self.content.size)
+            yield make_batch(first, lines, end)
+            first += len(lines)
+
+    def _read_ahead(self):
+        """Have BATCH_BYTES unsent, or what is left; tell whether there is anything. Raise Failure
+        if the file became shorter."""
+        while len(self._unsent) - self._taken < BATCH_BYTES:
+            wanted = min(READ_BYTES, self.content.size - self._position)
+            if not wanted:
+                break
+            data = os.pread(self._fd, wanted, self._position)
+            if not data:
+                words = f"{self.name} was shortened while it was read. "
+                raise Failure(words + "Restore it, then run this command again.")
+            self._hash.update(data)
+            self._position += len(data)
+            if self._position == self.content.size and not data.endswith(b"\n"):
+                data += b"\n"
+            self._unsent = self._unsent[self._taken:] + data
+            self._taken = 0
+        return self._taken < len(self._unsent)
+
+    def _take_lines(self, size):
+        """Return as many whole lines as size allows, without their line ends; none if the first
+        one is longer than BATCH_BYTES."""
+        start = self._taken
+        end = self._unsent.rfind(b"\n", start, start + size.bytes) + 1
+        if not end:
+            end = self._unsent.find(b"\n", start, start + BATCH_BYTES) + 1
+        if not end:
+            return []
+        lines = self._unsent[start:end].split(b"\n", size.lines)
+        behind = lines.pop()  # what follows on the last line that is allowed
+        self._pass_to(end - len(behind))
+        return lines
+
+    def _pass_to(self, index):
+        """Count the bytes of _unsent before index as taken."""
+        self._offset += index - self._taken
+        self._taken = index
+
+    def _take_long_line(self):
+        """Pass over a line longer than BATCH_BYTES; return its beginning, marked as such."""
+        mark = b"..."
+        start = self._taken
+        line = self._unsent[start : start + BATCH_BYTES - len(mark) - 1] + mark
+        line_end = self._unsent.find(b"\n", start)
+        while line_end < 0:
+            self._pass_to(len(self._unsent))
+            self._read_ahead()
+            line_end = self._unsent.find(b"\n")
+        self._pass_to(line_end + 1)
+        return line
+
+    def is_unchanged(self):
+        """Tell whether what was sent is what the file held when the delivery began."""
+        return self._hash.hexdigest() == self.content.sha256
+
+    def close(self):
+        """Close the file."""
+        os.close(self._fd)
+
+
+# ---- Requests -----------------------------------------------------------------------------
 
 
 class Retry(Exception):
-    """Why a request failed that may succeed when it is sent again."""
+    """Why a request failed that may succeed when it is sent again.
 
-
-# ---- What is printed ------------------------------------------------------------------------------------------------
-
-def write(stream, line, end="\n"):
-    """Write a line on stdout or stderr, without what a terminal would obey and without the password of a URL. A line
-    without an end shows progress: on a terminal the next one takes its place, elsewhere it is left out. A stream that
-    is closed, full or broken raises nothing, and nothing stays in a buffer to fail when Python exits."""
-    line = re.sub(r"(?<=/)[^\s/:]*:\S*@", "", line)
-    line = "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in line])
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        terminal = stream.isatty()
-        if terminal or end:
-            os.write(stream.fileno(), ("\r\033[K" * terminal + line + end).encode(stream.encoding, "backslashreplace"))
-
-
-def warn(line):
-    """Print a line on stderr."""
-    write(sys.stderr, line)
-
-
-# ---- The delivery of a file -----------------------------------------------------------------------------------------
-
-def open_regular(path, flags):
-    """Open a regular file, or raise Failure if it is something else, such as a pipe, which is not waited for. If flags
-    allow it, the file is written with write_all()."""
-    file = open(path, "rb", opener=lambda path, _: os.open(path, flags | os.O_NONBLOCK, 0o640))
-    if not os.path.isfile(file.fileno()):
-        raise Failure(f"{path} is not a regular file. Name a file that has an event on each line.")
-    return file
-
-
-def write_all(file, data):
-    """Write bytes at once, or raise OSError; what a short write left is written, too, or its error is raised."""
-    while data:
-        data = data[os.write(file.fileno(), data):]
-
-
-def sync(file):
-    """Make a file durable, and its name or the loss of it, if its file system can sync directories."""
-    os.fsync(file.fileno())
-    fcntl.fcntl(file, getattr(fcntl, "F_FULLFSYNC", fcntl.F_GETFD))  # macOS: fsync stops at the drive's cache
-    directory = os.open(os.path.dirname(file.name), os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(directory)
-
-
-class Delivery:
-    """The sending of a file's content under one producer id.
-
-    FILE.delivery is its lock and its memory. It is created, locked, and then filled with one line, which is durable
-    before the first request. A line that lacks its newline says that nothing was sent.
+    pause   for so many seconds the server does not want to see it again
+    advice  what the user can do
     """
 
-    def __init__(self, name, restart=False):
-        """Lock the file's delivery and go on with it, or begin a new one; raise Failure or OSError."""
-        self.name, self.begun = name, time.monotonic()
-        path = os.path.realpath(name)  # a file has one delivery, whichever link leads to it
-        self._file = open_regular(path, os.O_RDONLY)
-        self._state = self._lock(f"{path}.delivery")
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        self.size = self._file.tell()  # lines that are appended from now on are not sent
-        content = {"size": self.size, "sha256": digest}
-        self.producer = None if restart else self._unfinished(content)
-        if self.producer:
-            warn(f"{name}: going on with the delivery that was interrupted.")
-        else:
-            self.producer = secrets.token_urlsafe(16)
-            os.ftruncate(self._state.fileno(), 0)
-            write_all(self._state, json.dumps({"producerId": self.producer} | content).encode() + b"\n")
-        sync(self._state)  # when it goes on, too: the client before may have been killed just here
-        self.answered = self.accepted = self.rejected = 0  # lines, of which events
-        self._rejected_path = f"{path}.rejected-{self.producer}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._rejected_path)  # a killed client wrote it: all lines are sent, and collected, again
+    advice = "When that has ended, run this command again to go on."
 
-    def _lock(self, path):
-        """Return FILE.delivery, open and locked, or raise Failure if another client has locked it."""
-        while True:
-            state = open_regular(path, os.O_RDWR | os.O_CREAT)
+    def __init__(self, words, pause=0.0):
+        super().__init__(words)
+        self.pause = pause
+
+
+class TooSlow(Retry):
+    """A request was not sent, or not answered, in time: a smaller one may be."""
+
+
+class NoConnection(Retry):
+    """The server cannot be reached."""
+
+    advice = "Start the server, or name another with --url; then run this command again to go on."
+
+
+class Stopped(Exception):
+    """The client ends; nobody waits for this request any more."""
+
+
+class ConnectFailed(OSError):
+    """No address of a host took a connection; the text says why, for each."""
+
+
+class Addresses:
+    """Connections to hosts, which may have several addresses each.
+
+    _worked  {(host, port): the address that took the last connection}; threads share it, and
+             replace whole values only
+    """
+
+    def __init__(self):
+        self._worked = {}
+
+    def connect(self, target, timeout, _source_address=None):
+        """Return a socket connected to target (host, port), or raise ConnectFailed. Its time-out
+        is the one for sending."""
+        host, port = target
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectFailed(f"{host}: {words_of(error)}") from error
+        # The one that worked comes first. A dead one costs its time only once.
+        worked = self._worked.get(target)
+        found.sort(key=lambda entry: entry[4] != worked)
+        seconds = min(CONNECT_SECONDS, max(timeout / len(found), STEP_SECONDS))
+        reasons = []
+        for family, kind, protocol, _, address in found:
             try:
-                fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Failure(f"{self.name} is being sent by another client; wait until it is done.") from None
-            with contextlib.suppress(FileNotFoundError):  # then another client has just finished and removed it
-                if os.path.samestat(os.fstat(state.fileno()), os.stat(path)):
-                    return state
-
-    def _unfinished(self, content):
-        """Return the producer id of an unfinished delivery of this content, or None if nothing was sent yet; raise
-        Failure if something else was sent."""
-        line = os.pread(self._state.fileno(), os.fstat(self._state.fileno()).st_size, 0)
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            state = json.loads(line)
-            if state | content == state and re.fullmatch("[A-Za-z0-9_-]{1,64}", state["producerId"]):
-                return state["producerId"]  # also without a newline: earlier versions of this client wrote none
-        if line.endswith(b"\n"):
-            raise Failure(f"{self.name} has changed since its unfinished delivery began, or {self._state.name} cannot "
-                          "be understood. Restore it, or run again with --restart to send the whole file as a new "
-                          "delivery; lines that were already delivered then count twice.")
-        return None
-
-    def read(self, offset, size):
-        """Return size bytes from an offset on or, if less is left, that, with a newline if the file ends without one;
-        raise Failure if the file became shorter."""
-        left = self.size - offset
-        self._file.seek(offset)
-        data = self._file.read(min(size, left))
-        if len(data) < min(size, left):
-            raise Failure(f"{self.name} was shortened while it was read. Restore it, then run this command again.")
-        return data + b"\n" * (left < size and not data.endswith(b"\n"))
-
-    def end_of_line(self, offset):
-        """Return where the line ends that an offset lies in."""
-        while b"\n" not in (block := self.read(offset, BATCH_BYTES)):
-            offset += len(block)
-        return offset + block.index(b"\n") + 1
-
-    def settle(self, batch, errors):
-        """Count an answered batch; report and collect its rejected lines, given their errors by their numbers."""
-        if errors and not self.rejected:
-            self._rejected_file = open_regular(self._rejected_path, os.O_WRONLY | os.O_CREAT)
-        lines = re.finditer(rb".*+\n", batch.body) if errors else []
-        for number, line in enumerate(lines, batch.first):
-            if number in errors:
-                warn(f"{self.name}:{number}: {errors[number]}")
-                # From the file, because a batch may hold the beginning of a line alone.
-                begin, end = batch.begin + line.start(), batch.end - len(batch.body) + line.end()
-                for offset in range(begin, end, BATCH_BYTES):
-                    write_all(self._rejected_file, self.read(offset, min(BATCH_BYTES, end - offset)))
-        self.rejected += len(errors)
-        self.accepted += batch.events - len(errors)
-        self.answered += batch.lines
-
-    def end(self):
-        """Make the collected lines durable, print the receipt, and forget the delivery: every line was answered.
-
-        A client that is killed before it forgets goes on when it is run again.
-        """
-        if self.rejected:
-            sync(self._rejected_file)
-            warn(f"The rejected lines are in {self._rejected_path}; mend them, then send that file.")
-        seconds = time.monotonic() - self.begun
-        write(sys.stdout, f"{self.accepted:,} events accepted, {self.rejected:,} rejected, in {seconds:.1f} s")
-        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
-            os.unlink(self._state.name)
-        with contextlib.suppress(OSError):  # it may come back after a power cut: to go on then changes nothing
-            sync(self._state)
+                connection = socket.socket(family, kind, protocol)
+            except OSError as error:
+                reasons.append(words_of(error))
+                continue
+            try:
+                connection.settimeout(seconds)
+                connection.connect(address)
+                set_probes(connection)
+            except OSError as error:
+                connection.close()
+                reasons.append(f"{address[0]}: {words_of(error)}")
+                continue
+            connection.settimeout(STALL_SECONDS)
+            self._worked[target] = address
+            return connection
+        raise ConnectFailed("; ".join(reasons))
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+def set_probes(connection):
+    """Let the kernel probe a peer that says nothing: one that is slow is waited for, and one whose
+    host has vanished is not."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {
+        "TCP_KEEPIDLE": PROBE_SECONDS,
+        "TCP_KEEPALIVE": PROBE_SECONDS,  # macOS calls it so
+        "TCP_KEEPINTVL": PROBE_SECONDS,
+        "TCP_KEEPCNT": PROBES,
+    }
+    for name, value in options.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-# Consecutive lines of a delivery: the first one's number, how many lines and events they are, where they begin and end
-# in the file, and what is sent.
-Batch = collections.namedtuple("Batch", "producer first lines events begin end body")
 
+class Connection(http.client.HTTPConnection):
+    """A connection on which a request lasts as long as bytes move, and its answer is read although
+    the request could not be sent whole.
 
-def read_batches(delivery, batch_size):
-    """Yield all lines of a delivery as batches of at most batch_size lines and BATCH_BYTES.
+    A server that refuses a request may answer as soon as it knows the headers, and close.
 
-    Of a line that is longer, the beginning is sent with "..." after it: the server rejects it by its own rule, and it
-    is no JSON in any case.
+    timeout      for the answer, in seconds
+    _send_error  why the request could not be sent whole, or None
     """
-    whole_lines = re.compile(rb"(?:.*+\n){1,%d}+" % batch_size)
-    first, begin = 1, 0
-    while begin < delivery.size:
-        block = delivery.read(begin, BATCH_BYTES)
-        if match := whole_lines.match(block):
-            body, end = match[0], begin + match.end()
-        else:
-            body, end = block[:-4] + b"...\n", delivery.end_of_line(begin)
-        lines = body.count(b"\n")
-        events = lines - len(BLANK_LINE.findall(b"\n" + body))
-        yield Batch(delivery.producer, first, lines, events, begin, end, body)
-        first, begin = first + lines, end
+
+    def __init__(self, host, addresses, **options):
+        super().__init__(host, **options)
+        self._create_connection = addresses.connect  # the base class calls it
+        self._send_error = None
+
+    def send(self, data):
+        """Send bytes. Each part that the network takes has a time-out of its own."""
+        if self.sock is None:
+            self.connect()
+        unsent = memoryview(data)
+        while unsent and self._send_error is None:
+            try:
+                sent = self.sock.send(unsent)
+                unsent = unsent[sent:]
+            except OSError as error:
+                self._send_error = error
+
+    def getresponse(self):
+        """Return the answer, or raise what kept the request from being sent."""
+        if self._send_error is None:
+            self.sock.settimeout(self.timeout)
+            return super().getresponse()
+        self.sock.settimeout(REFUSAL_SECONDS)
+        try:
+            return super().getresponse()
+        except (OSError, http.client.HTTPException):
+            raise self._send_error from None
 
 
-# ---- Requests -------------------------------------------------------------------------------------------------------
+class OpenHttp(urllib.request.HTTPHandler):
+    """Opens http URLs through a Connection."""
+
+    def __init__(self, addresses):
+        super().__init__()
+        self._addresses = addresses
+
+    def http_open(self, request):
+        """Return the response to a request."""
+        return self.do_open(Connection, request, addresses=self._addresses)
+
+
+if ssl:
+
+    class TlsConnection(Connection, http.client.HTTPSConnection):
+        """A Connection through TLS."""
+
+    class OpenHttps(urllib.request.HTTPSHandler):
+        """Opens https URLs through a TlsConnection."""
+
+        def __init__(self, addresses):
+            super().__init__()
+            self._addresses = addresses
+            self._tls = ssl.create_default_context()
+            self._tls.set_alpn_protocols(["http/1.1"])
+
+        def https_open(self, request):
+            """Return the response to a request."""
+            return self.do_open(
+                TlsConnection, request, addresses=self._addresses, context=self._tls
+            )
+
 
 class EveryAnswer(urllib.request.HTTPErrorProcessor):
-    """Takes every answer as it is: a redirect is not followed, because it is an error and no delivery."""
+    """Takes every answer as it is: a redirect is not followed, because it is an error and no
+    delivery."""
 
     def http_response(self, request, response):
         """Return the response, whatever its status is."""
@@ -248,195 +902,647 @@ class EveryAnswer(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-class Sender:
-    """Requests to one server, from several threads at once, each repeated until it is answered."""
+def make_opener(url):
+    """Return what opens requests to url, or raise Failure if its proxy cannot be used."""
+    proxies = urllib.request.getproxies()
+    # A local server is not asked through a proxy.
+    if re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url, re.IGNORECASE):
+        proxies = {}
+    target = urllib.parse.urlsplit(url)
+    kind, separator, _ = proxies.get(target.scheme, "").partition("://")
+    usable = not separator or kind.lower() in ("http", "https")
+    if not usable and not urllib.request.proxy_bypass(target.netloc):
+        raise Failure(
+            f"The proxy in {target.scheme}_proxy is a {printable(kind)} proxy, which client.py "
+            "cannot use. Name an http:// proxy, or name the server in no_proxy."
+        )
+    addresses = Addresses()
+    handlers = [urllib.request.ProxyHandler(proxies), EveryAnswer(), OpenHttp(addresses)]
+    if target.scheme == "https":
+        handlers.append(OpenHttps(addresses))
+    return urllib.request.build_opener(*handlers)
+
+
+def words_of(error):
+    """Return an error in words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class Answer(typing.NamedTuple):
+    """What a server answered."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    payload: bytes
+
+    def json_object(self):
+        """Return the JSON object that this is, or None."""
+        if self.headers.get_content_type() != JSON:
+            return None
+        return decode_object(self.payload)
+
+    def error(self):
+        """Return the error that a JSON answer states, or None."""
+        error = (decode_object(self.payload) or {}).get("error")
+        if isinstance(error, str):
+            return shortened(error)
+        return None
+
+    def words(self):
+        """Return the status and the error, or the beginning of another text."""
+        error = self.error()
+        if error is not None:
+            return f"status {self.status}: {error}"
+        if not self.payload:
+            return f"status {self.status}"
+        media = self.headers.get("Content-Type", "no Content-Type")
+        beginning = self.payload[:80].decode(errors="replace")
+        return f"status {self.status}, {shortened(media)}: {beginning!r}"
+
+    def retry_after(self):
+        """Return the seconds that the server asks us to wait, 0 if it does not."""
+        text = self.headers.get("Retry-After", "").strip()
+        if re.fullmatch("[0-9]{1,9}", text):
+            return float(text)
+        try:
+            date = email.utils.parsedate_to_datetime(text)
+            seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
+        except (TypeError, ValueError, OverflowError):
+            return 0.0
+        return max(seconds, 0.0)
+
+
+def shortened(words):
+    """Return words, or their beginning if they are many."""
+    if len(words) > MAX_WORDS:
+        return words[:MAX_WORDS] + "..."
+    return words
+
+
+class Patience:
+    """For how long the server has given no success, and why.
+
+    The threads of requests report to it, and the main thread waits with it.
+
+    _lock       guards the two below
+    _successes  how many requests have succeeded
+    _failure    the Retry of the last one that failed, or None after a success
+    """
 
     def __init__(self, url, give_up_after):
-        """Prepare requests; nothing is sent yet."""
-        self._url, self._give_up_after = url, give_up_after
-        authorization = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
-        self._headers = {"Authorization": authorization} if authorization else {}
-        self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
-        self.stopped = threading.Event()  # set it to let each thread end after the attempt that is under way
-        self._reason = "no answer yet"  # why the last attempt failed; None after a success
-        local = re.match(r"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url)  # not for a proxy
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None), EveryAnswer)
+        """Wait for url for at most give_up_after seconds."""
+        self._url = url
+        self._give_up_after = give_up_after
+        self._lock = threading.Lock()
+        self._successes = 0
+        self._failure = NoConnection("no answer yet")
 
-    def ask(self):
-        """Find out and tell whether the server takes batches, waiting for it if it is not up yet; raise Failure."""
-        self._takes_batches = self._first_result([self._threads.submit(self._until_answered, self._ask)])
-        return self._takes_batches
+    def succeeded(self):
+        """Report that a request was answered."""
+        with self._lock:
+            self._successes += 1
+            self._failure = None
 
-    def answers(self, batches):
-        """Deliver batches, a few at once; yield each in order with the errors of its rejected lines; raise Failure."""
-        pending = []
-        while True:
-            while len(pending) < BATCHES_AHEAD and (batch := next(batches, None)):
-                pending.append((batch, self._threads.submit(self._until_answered, self._post, batch)))
-            if not pending:
-                return
-            errors = self._first_result([answer for _, answer in pending])
-            yield pending.pop(0)[0], errors
+    def failed(self, failure):
+        """Report that a request failed, with its Retry."""
+        with self._lock:
+            self._failure = failure
 
-    def _until_answered(self, attempt, *arguments):
-        """Return what attempt returns; while it raises Retry, repeat it with exponential backoff and jitter."""
-        pause, backoff = 0, FIRST_BACKOFF_SECONDS
-        while not self.stopped.wait(pause):
-            try:
-                return attempt(*arguments)
-            except Retry as error:
-                self._reason = str(error)
-            pause, backoff = random.uniform(backoff / 2, backoff), min(2 * backoff, MAX_BACKOFF_SECONDS)
+    def wait_for(self, future):
+        """Return the result of a request, or raise its Failure, or Failure after too long without
+        any success. Say that the server keeps us waiting.
 
-    def _first_result(self, futures):
-        """Return the result of the first of some futures. Say on stderr that the server keeps us waiting, and raise
-        Failure when none of them has succeeded for too long, even if an answer is still coming in.
-
-        Only the seconds that we wait here are counted: not those that a stopped client stood still.
+        Only the seconds that we wait here count, and not those that a stopped client stood still.
         """
-        silence, said = 0, False
-        answered = sum(future.done() for future in futures)
-        while not concurrent.futures.wait(futures[:1], SILENT_SECONDS).done:
-            before, answered = answered, sum(future.done() for future in futures)
-            silence = 0 if answered > before else silence + SILENT_SECONDS
-            if silence and self._reason and not said:
+        silent_seconds = 0.0
+        said = False
+        with self._lock:
+            successes_before = self._successes
+        while not concurrent.futures.wait([future], STEP_SECONDS).done:
+            with self._lock:
+                successes = self._successes
+                failure = self._failure
+            silent_seconds += STEP_SECONDS
+            if successes > successes_before:
+                silent_seconds = 0.0
+            successes_before = successes
+            if failure and silent_seconds and not said:
+                warn(f"Waiting for {self._url}: {failure}.")
                 said = True
-                warn(f"Waiting for {self._url}: {self._reason}.")
-            if silence > self._give_up_after:
-                raise Failure(f"Gave up after {self._give_up_after:g} s without success at {self._url}: "
-                              f"{self._reason or 'no answer'}. Start the server, or name another with --url; then run "
-                              "this command again to go on.")
+            if silent_seconds > self._give_up_after:
+                raise self._given_up(failure)
         if said:
             warn(f"{self._url} answers.")
-        self._reason = None
-        return futures[0].result()
+        return future.result()
+
+    def _given_up(self, failure):
+        failure = failure or Retry("no answer")
+        seconds = f"{self._give_up_after:g} s"
+        words = f"Gave up after {seconds} without success at {self._url}: {failure}."
+        return Failure(f"{words} {failure.advice}")
+
+
+class Sender:
+    """Requests to one server, from several threads at once, each repeated until it is answered.
+
+    A caller uses takes_batches(), deliver() and stop(). The methods stand from the outermost to
+    the innermost: deliver a batch, retry a request, check its answer, send it once.
+
+    _size     the BatchSize of what is read, which learns from the answers
+    _stopped  is set by the main thread, and lets each thread end after the try that is under way
+    """
+
+    def __init__(self, url, producer_id, size, give_up_after):
+        """Prepare requests; nothing is sent yet. Raise Failure."""
+        self._url = url
+        self._size = size
+        self._headers = {"Producer-Id": producer_id}
+        authorization = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
+        if authorization:
+            self._headers["Authorization"] = authorization
+        self._answer_seconds = min(max(give_up_after, STALL_SECONDS), LONGEST_WAIT_SECONDS)
+        self._opener = make_opener(url)
+        self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
+        self._patience = Patience(url, give_up_after)
+        self._stopped = threading.Event()
+
+    def takes_batches(self):
+        """Ask the server what it takes: return True for batches, False for single events alone.
+        Wait for a server that is not up yet; raise Failure."""
+        future = self._submit(self._retry, self._ask)
+        return self._patience.wait_for(future)
+
+    def deliver(self, batches, post):
+        """Deliver batches, a few at once, with post_batch or post_event; yield each in order with
+        the errors of its rejected lines, {line number: error}; raise Failure."""
+        pending = collections.deque()
+        for batch in batches:
+            pending.append((batch, self._submit(self._deliver_batch, batch, post)))
+            if len(pending) == BATCHES_AHEAD:
+                batch, future = pending.popleft()
+                yield batch, self._patience.wait_for(future)
+        for batch, future in pending:
+            yield batch, self._patience.wait_for(future)
+
+    def stop(self):
+        """Let the threads end."""
+        self._stopped.set()
+
+    def _submit(self, function, *arguments):
+        """Return the future result of a function in another thread, or raise Failure."""
+        try:
+            return self._threads.submit(function, *arguments)
+        except RuntimeError as error:
+            words = f"client.py needs a thread, and the system gives it none ({error}). "
+            advice = "Allow more processes (ulimit -u), then run this command again."
+            raise Failure(words + advice) from error
+
+    def _deliver_batch(self, batch, post):
+        """Return the errors of a batch's rejected lines by their numbers. What is too slow is sent
+        again in halves, in which every line keeps its event id."""
+        errors = {}
+        parts = collections.deque([batch])
+        while parts:
+            part = parts.popleft()
+            if not part.events:
+                continue
+            let_through = ()
+            if part.lines > 1:
+                let_through = TooSlow
+            try:
+                errors.update(self._retry(functools.partial(post, part), let_through))
+            except TooSlow:
+                self._size.timed_out()
+                first_half, second_half = part.halves()
+                parts.extendleft([second_half, first_half])
+        return errors
+
+    def _retry(self, attempt, let_through=()):
+        """Return what attempt returns; while it raises Retry, repeat it with exponential backoff
+        and jitter. A Retry of a class to let through is raised after the pause."""
+        backoff = FIRST_BACKOFF_SECONDS
+        while True:
+            try:
+                result = attempt()
+                self._patience.succeeded()
+                return result
+            except Retry as failure:
+                self._patience.failed(failure)
+                pause = max(random.uniform(backoff / 2, backoff), failure.pause)
+                if self._stopped.wait(min(pause, LONGEST_WAIT_SECONDS)):
+                    raise Stopped from None
+                if isinstance(failure, let_through):
+                    raise
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
     def _ask(self):
-        _, headers, _ = self._request("OPTIONS", None, {}, expected=(404, 405, 501))
-        return NDJSON in headers.get("Accept-Post", "")
+        """Return whether the server takes batches, or raise Retry or Failure."""
+        answer = self._send_checked("OPTIONS", None, {}, OPTIONS_UNKNOWN)
+        offers = ",".join(answer.headers.get_all("Accept-Post", []))
+        for offer in offers.split(","):
+            media, _, _ = offer.partition(";")
+            if media.strip().lower() == NDJSON:
+                return True
+        return False
 
-    def _post(self, batch):
-        """Return the errors of the rejected lines by their numbers; lines that are all blank are not sent."""
-        if not batch.events:
-            return {}
-        content_type, expected = (NDJSON, ()) if self._takes_batches else (JSON, (400, 413, 422))
-        headers = {"Content-Type": content_type, "Producer-Id": batch.producer, "Sequence": str(batch.first)}
-        status, _, payload = self._request("POST", batch.body, headers, expected)
-        if self._takes_batches:
-            return _rejected_lines(batch, status, payload)
-        return {batch.first: _words(payload)} if status in expected else {}
+    def post_batch(self, batch):
+        """Send a batch once; return the errors of its rejected lines by their numbers, or raise
+        Retry or Failure. Each line must be accounted for."""
+        begun = time.monotonic()
+        answer = self._post(batch, NDJSON, ())
+        result = answer.json_object()
+        if answer.status != 200 or result is None:
+            raise Retry(f"{answer.words()}, which is no answer to a batch")
+        lines = batch.body.split(b"\n")
+        errors = rejected_lines(result, lines)
+        if errors is None or result.get("accepted") != batch.events - len(errors):
+            raise Retry(f"{answer.words()}, which does not account for every line")
+        self._size.answered_after(time.monotonic() - begun)
+        return {batch.first + index: error for index, error in errors.items()}
 
-    def _request(self, method, body, headers, expected):
-        """Return (status, headers, payload) for a status of success or an expected one; else raise Retry or Failure."""
-        status, headers, payload = self._exchange(method, body, headers)
+    def post_event(self, batch):
+        """Send a batch of one line once, as post_batch does, to a server of single events."""
+        answer = self._post(batch, JSON, EVENT_REFUSALS)
+        if answer.status in EVENT_REFUSALS:
+            return {batch.first: answer.error() or answer.words()}
+        result = answer.json_object()
+        if answer.status != 200 or result is None or not isinstance(result.get("message"), str):
+            raise Retry(f"{answer.words()}, which is no answer to an event")
+        return {}
+
+    def _post(self, batch, media, expected):
+        headers = {"Content-Type": media, "Sequence": str(batch.first)}
+        return self._send_checked("POST", batch.body, headers, expected)
+
+    def _send_checked(self, method, body, headers, expected):
+        """Send a request once; return an Answer of success or with an expected status, or raise
+        Retry or Failure."""
+        answer = self._send_once(method, body, headers)
+        status = answer.status
         if 200 <= status < 300 or status in expected:
-            return status, headers, payload
-        words = f"status {status}: {_words(payload)}"
-        if status in (408, 429) or status >= 500:
-            raise Retry(words)
-        raise Failure(f"{self._url} answered with {words}.{ADVICE.get(status, '')}")
+            return answer
+        if status in (408, 504):
+            raise TooSlow(answer.words(), answer.retry_after())
+        if status == 429 or status >= 500:
+            raise Retry(answer.words(), answer.retry_after())
+        advice = ADVICE.get(status, "")
+        raise Failure(f"{self._url} answered with {answer.words()}.{advice}")
 
-    def _exchange(self, method, body, headers):
-        """Return (status, headers, payload), or raise Retry when there is no answer."""
+    def _send_once(self, method, body, headers):
+        """Send a request; return its Answer, or raise Retry or Failure when there is none."""
         request = urllib.request.Request(self._url, body, self._headers | headers, method=method)
         try:
-            with self._opener.open(request, timeout=REQUEST_SECONDS) as response:
-                return response.status, response.headers, response.read(MAX_ANSWER_BYTES)
-        except (ValueError, http.client.InvalidURL) as error:  # whose words may hold a password
-            raise Failure(f"{self._url}, the proxy or EVENTS_AUTHORIZATION is malformed. Correct it.") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise Retry(getattr(reason, "strerror", None) or str(reason) or type(reason).__name__) from error
+            with self._opener.open(request, timeout=self._answer_seconds) as response:
+                return Answer(response.status, response.headers, read_payload(response))
+        except urllib.error.URLError as error:
+            raise self._meaning(error.reason) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise self._meaning(error) from error
+
+    def _meaning(self, error):
+        """Return the Retry or Failure that the error of a request means."""
+        if ssl and isinstance(error, ssl.SSLCertVerificationError):
+            words = f"{self._url}: the server's certificate is not trusted: {error.verify_message}."
+            return Failure(f"{words} Correct --url, or name its authority with SSL_CERT_FILE.")
+        if isinstance(error, str):
+            return Failure(f"{self._url} cannot be asked: {error}.")
+        if isinstance(error, (ValueError, http.client.InvalidURL)):
+            # The error's own words may hold a password.
+            words = f"{self._url}, the proxy or EVENTS_AUTHORIZATION is malformed. Correct it."
+            return Failure(words)
+        if isinstance(error, ConnectFailed):
+            return NoConnection(words_of(error))
+        if isinstance(error, TimeoutError):
+            return TooSlow("timed out")
+        if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+            return Retry(f"no answer in HTTP ({type(error).__name__}: {shortened(str(error))})")
+        return Retry(words_of(error))
 
 
-def _rejected_lines(batch, status, payload):
-    """Return the errors of a batch's rejected lines by their numbers, or raise Retry if the answer does not account for
-    every line."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        answer = json.loads(payload)
-        errors = {entry["line"]: str(entry["error"]) for entry in answer["rejected"]}
-        lines = batch.body.split(b"\n") if errors else []
-        # Each rejected line is one that is there, named once, and not blank; all the other events are accepted.
-        if (status == 200 and len(errors) == len(answer["rejected"])
-                and all(line in range(1, len(lines)) and lines[line - 1].strip() for line in errors)
-                and 0 <= answer["accepted"] == batch.events - len(errors)):
-            return {batch.first + line - 1: error for line, error in errors.items()}
-    raise Retry(f"the answer {_words(payload)} does not account for every line")
+def read_payload(response):
+    """Return the body of a response, or raise Retry if it is longer than any answer."""
+    payload = bytearray()
+    while len(payload) <= MAX_ANSWER_BYTES:
+        # Not read(): it would allocate what a malformed chunk announces.
+        block = response.read1(BATCH_BYTES)
+        if not block:
+            return bytes(payload)
+        payload += block
+    raise Retry(f"status {response.status} with an answer that does not end")
 
 
-def _words(payload):
-    """Return the error that a JSON answer states, or the beginning of another answer."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        return str(json.loads(payload)["error"])
-    return repr(payload[:80].decode(errors="replace"))
+def rejected_lines(result, lines):
+    """Return the errors in an answer to a batch by the index of their line, from 0 on, or None if
+    it is no such answer.
+
+    Each rejected line must be one that is there, not blank, and named once.
+    """
+    rejected = result.get("rejected")
+    if not isinstance(rejected, list) or not is_count(result.get("accepted")):
+        return None
+    errors = {}
+    for entry in rejected:
+        if not isinstance(entry, dict):
+            return None
+        number = entry.get("line")
+        error = entry.get("error")
+        if not is_count(number) or not 1 <= number <= len(lines) or not isinstance(error, str):
+            return None
+        if number - 1 in errors or not lines[number - 1].strip():
+            return None
+        errors[number - 1] = shortened(error)
+    return errors
 
 
-# ---- The run --------------------------------------------------------------------------------------------------------
+# ---- The end of a delivery ----------------------------------------------------------------
 
-def send(delivery, sender, batch_size):
-    """Deliver every line, showing on a terminal how far it is, or raise Failure or OSError."""
-    shown = delivery.begun
+
+def rejected_path(path, producer_id):
+    """Return the name of the file that holds a delivery's rejected lines once it is complete."""
+    return f"{path}.rejected-{producer_id}"
+
+
+def check_that_name_is_free(path):
+    """Raise Failure if the file of an unfinished delivery's rejected lines is there already: only
+    an earlier version of this client gave it its name before it was complete."""
+    if os.path.lexists(path):
+        raise Failure(
+            f"{path} was left by an earlier version of client.py. Rename it, then run this "
+            "command again: the rejected lines are collected anew."
+        )
+
+
+def publish_rejected_lines(state, path):
+    """Write the rejected lines of a complete delivery to the file at path; raise Failure or
+    OSError.
+
+    It gets its name when it is complete and durable. If it has it already, a client before came as
+    far as this, and the user may have mended it since: it is left as it is.
+    """
+    unfinished_path = path + ".unfinished"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(unfinished_path)  # a killed client's
+    if not os.path.isfile(path):
+        # That the file is there must mean that the notes are complete.
+        state.sync()
+        fd = os.open(unfinished_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        try:
+            with naming(unfinished_path):
+                for note in state.notes():
+                    for line in note.rejected_lines:
+                        write_all(fd, line + b"\n")
+                sync_file(fd)
+        finally:
+            os.close(fd)
+        rename_without_overwriting(unfinished_path, path)
+    sync_directory(os.path.dirname(path))
+
+
+def rename_without_overwriting(old, new):
+    """Rename a file, or raise Failure if there is one of the new name, or OSError."""
     try:
-        for batch, errors in sender.answers(read_batches(delivery, batch_size if sender.ask() else 1)):
-            delivery.settle(batch, errors)
-            if time.monotonic() - shown >= PROGRESS_SECONDS:
-                shown = time.monotonic()
-                write(sys.stderr, f"{delivery.accepted:,} events, {batch.end / delivery.size:.0%}", end="")
-    finally:
-        sender.stopped.set()
+        os.link(old, new)
+    except FileExistsError:
+        words = f"{new} is in the way. Rename it, then run this command again."
+        raise Failure(words) from None
+    except OSError:
+        # This file system has no hard links.
+        if os.path.lexists(new):
+            raise
+        os.rename(old, new)
+    else:
+        os.unlink(old)
+
+
+def print_receipt(words):
+    """Write a line to stdout whole, however long that takes, or raise OSError. A stdout that was
+    closed from the start asks for no receipt."""
+    if sys.stdout is None:
+        return
+    if is_terminal(sys.stdout):
+        words = "\r\033[K" + words
+    data = (words + "\n").encode(sys.stdout.encoding, "backslashreplace")
+    fd = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if not poll.poll(STEP_SECONDS * 1000):
+        warn("All is delivered. The receipt waits for stdout, which takes nothing at present.")
+    while data:
+        poll.poll()
+        with contextlib.suppress(BlockingIOError):
+            written = os.write(fd, data)
+            data = data[written:]
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        sync_file(fd)  # some file systems tell only now that they are full
+
+
+# ---- The command line ---------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """A parser of command lines that prints as everything here is printed."""
 
-    def _print_message(self, message, file=None):
-        for line in message.splitlines():
-            write(file or sys.stderr, line)
+    def print_help(self, file=None):
+        """Print the help to stdout."""
+        for line in self.format_help().splitlines():
+            STDOUT.line(line)
+
+    def error(self, message):
+        """Say what is wrong with the command line, and exit with status 2."""
+        for line in self.format_usage().splitlines():
+            warn(line)
+        warn(hide_password(f"{self.prog}: error: {message}"))
+        raise SystemExit(2)
 
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)")
-    parser.add_argument("--url", default="http://localhost:8000/liveEvent", help="of the server (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=5000, metavar="LINES", help="(default: %(default)s)")
-    parser.add_argument("--give-up-after", type=float, default=30, metavar="SECONDS", help="(default: %(default)s)")
-    parser.add_argument("--restart", action="store_true", help="send the whole file as a new delivery in any case")
+    parser = Parser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "file", nargs="?", default="events.jsonl", help="events, one a line (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--url",
+        default="http://localhost:8000/liveEvent",
+        help="of the server (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=5000,
+        metavar="LINES",
+        help="at most, in a request (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--give-up-after",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="without any success (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="send the whole file as a new delivery in any case",
+    )
     parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)
     if not 1 <= options.batch_size <= 10_000:
         parser.error("--batch-size must be from 1 to 10000")
-    if not options.give_up_after >= 0:
+    if math.isnan(options.give_up_after) or options.give_up_after < 0:
         parser.error("--give-up-after must not be negative")
-    url = re.fullmatch(r"https?://(?:[\w.-]+|\[[\w.:%]+\])(?::(\d{1,5}))?(?:[/?][!-~]*)?", options.url, re.ASCII)
+    # Not urlsplit(): it takes nearly everything, blanks and passwords included.
+    host = r"(?:[\w.-]+|\[[\w.:%]+\])"
+    url = re.fullmatch(rf"https?://{host}(?::(\d{{1,5}}))?(?:[/?][!-~]*)?", options.url, re.ASCII)
     if not url or not 1 <= int(url[1] or 80) <= 65_535:
-        parser.error("--url must look like http://localhost:8000/liveEvent; a password belongs in EVENTS_AUTHORIZATION")
-    if options.url.startswith("https") and not hasattr(http.client, "HTTPSConnection"):
+        parser.error(
+            "--url must look like http://localhost:8000/liveEvent; a password belongs in "
+            "EVENTS_AUTHORIZATION"
+        )
+    if options.url.startswith("https") and not ssl:
         parser.error("--url cannot begin with https: this Python has no ssl module")
     return options
 
 
+def deliver(options):
+    """Deliver a file and print the receipt; return the exit status, or raise Failure or OSError."""
+    begun = time.monotonic()
+    path = os.path.realpath(options.file)  # a file has one delivery, whichever link leads to it
+    with contextlib.closing(Source(options.file, path)) as source:
+        with contextlib.closing(StateFile(path)) as state:
+            begin_or_resume(state, source, options.restart)
+            if state.progress.offset < source.content.size:
+                check_that_name_is_free(rejected_path(path, state.producer_id))
+                send(state, source, options)
+            return end(state, source, path, begun)
+
+
+def begin_or_resume(state, source, restart):
+    """Go on with the unfinished delivery of a file, or begin a new one; raise Failure or
+    OSError."""
+    unfinished = None
+    if not restart:
+        unfinished = state.read()
+    source.measure(state.progress.offset)
+    if unfinished is None:
+        state.begin(source.content)
+    elif unfinished == source.content and state.progress.offset <= source.content.size:
+        state.resume()
+        warn(f"{source.name}: going on with the delivery that was interrupted.")
+    else:
+        words = f"{source.name} has changed since its unfinished delivery began."
+        raise Failure(f"{words} {RESTART_ADVICE}")
+
+
+def send(state, source, options):
+    """Send every line that is not answered yet, and note each answer; raise Failure."""
+    size = BatchSize(options.batch_size)
+    sender = Sender(options.url, state.producer_id, size, options.give_up_after)
+    shown = time.monotonic()
+    try:
+        if sender.takes_batches():
+            post = sender.post_batch
+        else:
+            post = sender.post_event
+            size.lines = 1
+        batches = source.batches(state.progress.lines + 1, size)
+        for batch, errors in sender.deliver(batches, post):
+            settle(state, source, batch, errors)
+            if time.monotonic() - shown >= PROGRESS_SECONDS:
+                shown = time.monotonic()
+                percent = state.progress.offset / source.content.size
+                STDERR.progress(f"{state.progress.accepted:,} events, {percent:.0%}")
+    except (Failure, OSError) as error:
+        line = state.progress.lines + 1
+        unknown = f"Delivery is unknown from line {line} on."
+        raise Failure(*in_words(error, source.name), unknown) from error
+    finally:
+        sender.stop()
+
+
+def settle(state, source, batch, errors):
+    """Note an answered batch, and report its rejected lines, given their errors by number."""
+    before = state.progress
+    progress = Progress(
+        lines=before.lines + batch.lines,
+        offset=batch.end,
+        accepted=before.accepted + batch.events - len(errors),
+        rejected=before.rejected + len(errors),
+    )
+    rejected = []
+    if errors:
+        lines = batch.body.split(b"\n")
+        rejected = [lines[number - batch.first] for number in sorted(errors)]
+    state.note(progress, rejected)
+    for number in sorted(errors):
+        warn(f"{source.name}:{number}: {errors[number]}")
+
+
+def end(state, source, path, begun):
+    """End a delivery whose lines are all answered; return the exit status, or raise Failure or
+    OSError.
+
+    What the user needs is safe before the delivery is forgotten: a client that is killed or fails
+    in between is continued by the same command, which sends nothing again.
+    """
+    progress = state.progress
+    status = 0
+    if not source.is_unchanged():
+        status = 1
+        warn(
+            f"{source.name} changed while it was sent. What was sent is what was read, a part of "
+            "it before and a part after the change: compare it with the sums."
+        )
+    if progress.rejected:
+        status = 1
+        public_path = rejected_path(path, state.producer_id)
+        publish_rejected_lines(state, public_path)
+        warn(f"The rejected lines are in {public_path}; mend them, then send that file.")
+    seconds = time.monotonic() - begun
+    counts = f"{progress.accepted:,} events accepted, {progress.rejected:,} rejected"
+    try:
+        print_receipt(f"{counts}, in {seconds:.1f} s")
+    except OSError as error:
+        words = f"All is delivered, but the receipt cannot be printed: {words_of(error)}."
+        advice = "Run this command again to get it; nothing is sent again."
+        raise Failure(f"{words} {advice}") from error
+    try:
+        state.forget()
+    except OSError as error:
+        words = f"All is delivered, but {state.path} cannot be emptied: {words_of(error)}."
+        raise Failure(f"{words} Remove it before you send the file anew.") from error
+    return status
+
+
+def in_words(error, name):
+    """Return the sentences for a Failure, or for an OSError, which is about the file of that name
+    unless it says about which."""
+    if isinstance(error, Failure):
+        return error.args
+    file = hide_password(str(error.filename or name))
+    advice = "Give client.py a file that it can read, in a directory where it can write"
+    return [f"{file}: {words_of(error)}. {advice}, then run this command again."]
+
+
+def end_at_once(number, _frame):
+    """End at once because of a signal: FILE.delivery is all that the next run needs."""
+    os._exit(128 + number)
+
+
 def main(arguments=None):
     """Run the command line and return its exit status."""
-    for number in signal.SIGINT, signal.SIGTERM:  # at once: .delivery is all that the next run needs
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGTERM, end_at_once)
     options = parse_command_line(arguments)
-    delivery = None
     try:
-        sender = Sender(options.url, options.give_up_after)
-        delivery = Delivery(options.file, options.restart)
-        send(delivery, sender, options.batch_size)
-        delivery.end()
-        return 1 if delivery.rejected else 0
-    except Failure as failure:
-        warn(str(failure))
-    except OSError as error:
-        warn(f"{error.filename or options.file}: {error.strerror}. Give client.py a file that it can read, in a "
-             "directory where it can write, then run this command again.")
-    if delivery:
-        warn(f"Delivery is unknown from line {delivery.answered + 1} on.")
-    return 1
+        return deliver(options)
+    except (Failure, OSError) as error:
+        for sentence in in_words(error, options.file):
+            warn(sentence)
+        return 1
 
 
 if __name__ == "__main__":
-    os._exit(main())  # sys.exit would wait for threads whose requests hang; no output is left in a buffer
+    os._exit(main())  # sys.exit would wait for threads whose requests hang

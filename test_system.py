@@ -25,6 +25,7 @@ test_limits           No peer does harm, and none is waited for without end.
 test_access           The server is open to those alone whom it is meant for.
 test_processes        The server's processes are replaced when they die, and stop in time.
 test_delivery         A file is delivered once, whatever is killed in between.
+test_continued        A delivery that was interrupted anywhere goes on where it was.
 test_lines            Each of its lines is delivered or rejected, and a rejected one is kept.
 test_requests         The client tries again until an answer is certain.
 test_client_words     What the client prints is a sentence, and printing it decides nothing.

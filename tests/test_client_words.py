@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 
-from tests.tools import Server
+from tests.tools import TEXT, Server
 from tests.tools_client import ClientTest
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in
@@ -35,33 +35,34 @@ class ClientWords(ClientTest):
             self.assertIn(b"\r\033[K1 events, 100%", os.read(parent, 10_000))
             self.assertNotIn("100%", self.run_client(*arguments, patch=patch)[2])
 
-    def test_output_that_cannot_be_written_changes_no_outcome(self):
+    def test_stderr_that_cannot_be_written_changes_no_outcome(self):
         server = Server(self)
         receiver, broken = os.pipe()
         os.close(receiver)
         self.addCleanup(os.close, broken)
         full = os.open("/dev/full", os.O_WRONLY)
         self.addCleanup(os.close, full)
-        for name, closing in (("stdout", "exec >&-"), ("stderr", "exec 2>&-")):
-            for case, stream in (("broken", broken), ("full", full), ("closed", None)):
-                with self.subTest(name, case=case):
-                    before = len(ids_in(server.log))
-                    self.path("events.jsonl", EVENT + b"\nbad\n")
-                    command = [sys.executable, HERE / "client.py", "--url", server.url]
-                    if stream is None:
-                        command = ["sh", "-c", f'{closing}; exec "$@"', "sh", *command]
-                    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-                    run = subprocess.run(
-                        command, cwd=self.directory, **streams | ({name: stream} if stream else {})
-                    )
-                    self.assertEqual((run.returncode, self.state.exists()), (1, False))
-                    self.assertEqual(len(ids_in(server.log)) - before, 1)
-        self.path("events.jsonl", EVENT)
-        for arguments in (["--url", server.url], ["--help"]):
+        for case, stream in {"broken": broken, "full": full, "closed": None}.items():
+            with self.subTest(case):
+                before = len(ids_in(server.log))
+                self.path("events.jsonl", EVENT + b"\nbad\n")
+                command = [sys.executable, HERE / "client.py", "--url", server.url]
+                if stream is None:
+                    command = ["sh", "-c", 'exec 2>&-; exec "$@"', "sh", *command]
+                run = subprocess.run(
+                    command, cwd=self.directory, stdout=subprocess.PIPE, stderr=stream, **TEXT
+                )
+                self.assertIn("1 events accepted, 1 rejected", run.stdout)
+                self.assertEqual((run.returncode, self.state.exists()), (1, False))
+                self.assertEqual(len(ids_in(server.log)) - before, 1)
+        for arguments, status in ((["--help"], 0), (["--unknown"], 2)):
             run = subprocess.run(
-                [sys.executable, HERE / "client.py", *arguments], cwd=self.directory, stdout=full
+                [sys.executable, HERE / "client.py", *arguments],
+                cwd=self.directory,
+                stdout=full,
+                stderr=full,
             )
-            self.assertEqual(run.returncode, 0)
+            self.assertEqual(run.returncode, status)
 
     def test_no_text_from_elsewhere_is_obeyed_by_a_terminal(self):
         events = self.path("журнал\udcff\033[2J.jsonl", EVENT)
@@ -129,9 +130,9 @@ class ClientWords(ClientTest):
         self.path("e", EVENT)
         cases = {
             "a missing file": (["missing"], 1, "missing: No such file or directory"),
-            "a directory": ([self.directory], 1, "Is a directory"),
-            "a pipe": (["pipe"], 1, "pipe is not a regular file."),
-            "a device": (["/dev/null"], 1, "/dev/null is not a regular file."),
+            "a directory": ([self.directory], 1, "is not a regular file. Give"),
+            "a pipe": (["pipe"], 1, "pipe: is not a regular file."),
+            "a device": (["/dev/null"], 1, "/dev/null: is not a regular file."),
             "a directory that is missing": (["missing/e"], 1, "No such file or directory"),
             "batches of 0": (["--batch-size", "0"], 2, "--batch-size must be"),
             "batches of 10,001": (["--batch-size", "10001"], 2, "--batch-size must be"),
@@ -157,7 +158,7 @@ class ClientWords(ClientTest):
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
         )
         self.assertIn(
-            "events.jsonl: File too large. Give client.py a file that it can read, "
+            "events.jsonl.delivery: File too large. Give client.py a file that it can read, "
             "in a directory where it can write, then",
             errors,
         )

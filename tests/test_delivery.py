@@ -2,51 +2,53 @@
 
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
 import signal
-import sys
+import threading
 import time
 import unittest
 import unittest.mock
 
 import client as client_module
-from tests.tools import Server, free_port, run_in_child, wait_until
+from tests.tools import Server, free_port, wait_until
 from tests.tools_client import ClientTest
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in, oracle, write_events
-from tests.tools_faults import FaultyCalls, traced_fsync
 from tests.tools_http import BATCHES, Recorder, dribbling
-from tests.tools_parts import captured, opened_delivery
+from tests.tools_parts import opened_delivery
+
+
+class StoppingServer(Recorder):
+    """A server of batches that answers no POST before it is told to."""
+
+    def __init__(self, test, answer=b'{"accepted": 1, "rejected": []}'):
+        """Prepare the answer to each POST."""
+        super().__init__([BATCHES], self.wait_and_answer)
+        self._answer = answer
+        self._asked = threading.Event()
+        self._told = threading.Event()
+        test.addCleanup(self.go_on)
+
+    def wait_and_answer(self, _number, _body):
+        """Answer a POST when it is time."""
+        self._asked.set()
+        self._told.wait(60)
+        return 200, {}, self._answer
+
+    def wait_for_a_post(self):
+        """Return when a POST has come, or fail."""
+        if not self._asked.wait(20):
+            raise AssertionError("no POST has come")
+
+    def go_on(self):
+        """Answer what has come and what comes."""
+        self._told.set()
 
 
 class Delivery(ClientTest):
     """A file has one delivery, and a delivery is of one file."""
-
-    def test_the_client_syncs_what_it_needs_after_a_power_cut(self):
-        steps = []
-
-        def trace(name, real):
-            return lambda *arguments: (steps.append(name), real(*arguments))[1]
-
-        answer = trace(
-            "request",
-            lambda *_: (200, {}, b'{"accepted": 0, "rejected": [{"line": 1, "error": "wrong"}]}'),
-        )
-        self.path("events.jsonl", EVENT)
-        calls = {"fsync": traced_fsync(self, steps), "unlink": trace("unlink", os.unlink)}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
-        with Recorder(
-            options=[BATCHES], post=answer
-        ) as server, captured(), unittest.mock.patch.multiple(os, **calls):
-            self.assertEqual(
-                client_module.main([str(self.path("events.jsonl")), "--url", server.url]), 1
-            )
-        sync = ["sync file", "sync directory"]
-        self.assertEqual(steps, [*sync, "unlink", "request", *sync, "unlink", *sync])
 
     def test_a_second_client_on_the_same_file_is_refused(self):
         write_events(self.path("events.jsonl"), 3)
@@ -90,8 +92,8 @@ class Delivery(ClientTest):
 
         with unittest.mock.patch.object(client_module.fcntl, "flock", remove_once), opened_delivery(
             self.path("events.jsonl")
-        ) as delivery:
-            self.assertEqual(json.loads(self.state.read_text())["producerId"], delivery.producer)
+        ) as (_, state):
+            self.assertEqual(self.producer_id(), state.producer_id)
 
     def test_a_file_that_somebody_else_has_locked_is_sent(self):
         server = Server(self)
@@ -177,13 +179,13 @@ class Delivery(ClientTest):
         self.interrupted()
         line = self.state.read_bytes()
         self.path("events.jsonl", EVENT + b"\n" + EVENT + b"\n")
-        for length in range(len(line)):
+        for length in range(len(line) - 1):  # without its line end it would be whole
             self.state.write_bytes(line[:length])
-            with opened_delivery(self.path("events.jsonl")) as delivery:
+            with opened_delivery(self.path("events.jsonl")) as (_, state):
                 self.assertEqual(
-                    json.loads(self.state.read_text())["producerId"], delivery.producer
+                    self.producer_id(), state.producer_id
                 )
-                self.assertNotIn(delivery.producer.encode(), line)
+                self.assertNotIn(state.producer_id.encode(), line)
 
     def test_a_directory_that_cannot_be_synced_is_no_failure(self):
         self.path("events.jsonl", EVENT)
@@ -228,7 +230,7 @@ class Delivery(ClientTest):
                 output, errors = client.communicate(timeout=5)
                 self.assertEqual((output, client.returncode), ("", status))
                 self.assertNotIn("Traceback", errors)
-                producers.add(json.loads(self.state.read_text())["producerId"])
+                producers.add(self.producer_id())
         self.client("--url", server.url)
         self.assertEqual({producer for producer, _ in ids_in(server.log)}, producers)
         self.processor()
@@ -245,139 +247,61 @@ class Delivery(ClientTest):
             client.send_signal(signal.SIGTERM)
             self.assertEqual((client.wait(2), self.state.exists()), (143, True))
 
+    def test_only_a_delivery_that_was_begun_by_a_client_is_overwritten(self):
+        self.path("events.jsonl", EVENT + b"\n")
+        for text in (b"my notes", b'{"producer": 1', b"\0\0x"):
+            with self.subTest(text):
+                self.state.write_bytes(text)
+                _, errors = self.client(status=1)
+                self.assertIn("cannot be understood", errors)
+                self.assertEqual(self.state.read_bytes(), text)
 
-class DeliveryCalls(FaultyCalls):
-    """The system calls of a client, with (device, inode) of the files that it synced."""
+    def test_a_whole_first_line_without_a_line_end_means_begun(self):
+        events = self.path("events.jsonl", EVENT + b"\n")
+        self.interrupted()
+        self.state.write_bytes(self.state.read_bytes().rstrip(b"\n"))
+        before = self.state.read_bytes()
+        events.write_bytes(events.read_bytes() + EVENT + b"\n")
+        _, errors = self.client(status=1)
+        self.assertIn("has changed since", errors)
+        self.assertEqual(self.state.read_bytes(), before)
 
-    def __init__(self, fault, at):
-        """Look at the calls of a client, one of which goes wrong."""
-        super().__init__(fault, at)
-        self.synced = set()
+    def test_a_client_ends_the_delivery_that_it_holds_and_no_other(self):
+        with StoppingServer(self) as server:
+            self.path("events.jsonl", EVENT + b"\n")
+            first = self.start("client.py", "--url", server.url, "--give-up-after", 1000)
+            server.wait_for_a_post()
+            self.path("events.jsonl").rename(self.path("events.jsonl.old"))
+            self.state.rename(self.path("events.jsonl.old.delivery"))
+            self.path("events.jsonl", EVENT + b"\n")
+            second = self.interrupted()
+            server.go_on()
+            self.assertIn("1 events accepted", first.communicate(timeout=20)[0])
+        self.assertEqual(self.producer_id(), second)
+        self.assertEqual(self.path("events.jsonl.old.delivery").read_bytes(), b"")
 
-    def after(self, name, arguments):
-        """Keep what is synced."""
-        if name == "fsync":
-            status = os.fstat(arguments[0])
-            self.synced.add((status.st_dev, status.st_ino))
+    def test_a_file_that_is_rewritten_while_it_is_sent_is_said(self):
+        lines = EVENT + b"\n" + b"first" + b"\n"
+        answer = b'{"accepted": 1, "rejected": [{"line": 2, "error": "wrong"}]}'
+        with StoppingServer(self, answer=answer) as server:
+            events = self.path("events.jsonl", lines)
+            client = self.start("client.py", "--url", server.url, "--give-up-after", 1000)
+            server.wait_for_a_post()
+            events.write_bytes(lines.replace(b"first", b"other"))
+            server.go_on()
+            output, errors = client.communicate(timeout=20)
+        self.assertEqual(self.rejected_files(), [b"first\n"])
+        self.assertIn("1 events accepted, 1 rejected", output)
+        self.assertNotIn("changed while it was sent", errors)  # it was read before
 
-
-class KilledAnywhere(ClientTest):
-    """No call that fails, or is the last one, loses or doubles a line."""
-
-    def deliver_with(self, sent, fault=None, at=0, restart=False):
-        """Run the client in a child in which one call goes wrong; return its status, or None when
-        it made fewer calls.
-
-        The server is a stand-in that adds (producer id, sequence, line) to the file sent, and
-        rejects lines without a brace.
-        """
-        calls = DeliveryCalls(fault, at)
-
-        def exchange(_sender, method, body, headers):
-            if method == "OPTIONS":
-                return BATCHES
-            synced = {
-                path
-                for path in (self.state, self.directory)
-                if (path.stat().st_dev, path.stat().st_ino) in calls.synced
-            }
-            if synced != {self.state, self.directory} or not self.state.read_bytes().endswith(
-                b"\n"
-            ):
-                os._exit(98)
-            lines, first = body.split(b"\n")[:-1], int(headers["Sequence"])
-            with open(sent, "a") as file:
-                file.writelines(
-                    f"{headers['Producer-Id']} {number} {line.decode()}\n"
-                    for number, line in enumerate(lines, first)
-                    if b"{" in line
-                )
-            bad = [
-                {"line": number, "error": "bad"}
-                for number, line in enumerate(lines, 1)
-                if b"{" not in line
-            ]
-            return (
-                200,
-                {},
-                json.dumps({"accepted": len(lines) - len(bad), "rejected": bad}).encode(),
-            )
-
-        def run():
-            sys.stdout = sys.stderr = None
-            arguments = [str(self.path("events.jsonl")), "--batch-size", "2"]
-            if restart:
-                arguments.append("--restart")
-            server = unittest.mock.patch.object(client_module.Sender, "_exchange", exchange)
-            with server, calls.made_by(client_module):
-                status = client_module.main(arguments)
-            if fault and not calls.fired:
-                status = 97
-            os._exit(status)
-
-        status = run_in_child(run)
-        self.assertNotIn(
-            status, (98, 99), "sent before .delivery was safe" if status == 98 else "an exception"
-        )
-        return None if status == 97 else status
-
-    LINES = b"".join(b'{"line": %d}\n' % number for number in range(1, 5)) + b"bad\n"
-
-    def begin_with(self, fault, at):
-        """Run the client on fresh files with one call that goes wrong; return its status and the
-        file it sent to."""
-        for path in self.directory.iterdir():
-            path.unlink()
-        self.path("events.jsonl", self.LINES)
-        sent = self.path("sent", b"")
-        return self.deliver_with(sent, fault, at), sent
-
-    def assertSentOnce(self, sent, lines=LINES):
-        """Check that every line was sent under one id, and that the bad one was collected once."""
-        entries = {tuple(line.split(" ", 2)) for line in sent.read_text().splitlines()}
-        texts = sorted(text for _, _, text in entries)
-        self.assertEqual(texts, sorted(line for line in lines.decode().splitlines() if "{" in line))
-        self.assertEqual(self.rejected_files(), [b"bad\n"])
-
-    def test_no_call_that_fails_or_is_the_last_one_loses_or_doubles_a_line(self):
-        for fault in FaultyCalls.FAULTS:
-            for at in itertools.count(1):
-                status, sent = self.begin_with(fault, at)
-                if status is None:
-                    break
-                with self.subTest(fault=fault, call=at):
-                    if self.state.exists():  # else nothing was sent, or the delivery is complete
-                        self.assertEqual(self.deliver_with(sent), 1)
-                    elif not sent.read_bytes():
-                        self.assertEqual(self.deliver_with(sent), 1)
-                    self.assertSentOnce(sent)
-            least = 2 if fault in FaultyCalls.WRITE_FAULTS else 20
-            self.assertGreater(at, least, f"{fault} was not injected")
-
-    def test_a_file_that_changed_after_a_kill_is_sent_once_or_refused(self):
-        other = b'{"line": 9}\nbad\n'
-        changes = {
-            "replaced": lambda events: self.path("new", other).rename(events),
-            "cut": lambda events: os.truncate(events, self.LINES.index(b"\n") + 1),
-            "appended": lambda events: events.write_bytes(self.LINES + other),
-        }
-        for case, change in changes.items():
-            for at in itertools.count(1):
-                status, sent = self.begin_with("killed before", at)
-                if status is None:
-                    break
-                began = self.state.exists() and self.state.read_bytes().endswith(b"\n")
-                before = sent.read_bytes()
-                if not began and before:
-                    break  # the delivery was complete
-                change(self.path("events.jsonl"))
-                with self.subTest(case, call=at):
-                    if began:
-                        self.assertEqual(self.deliver_with(sent), 1)
-                        self.assertEqual(sent.read_bytes(), before)
-                    sent.write_bytes(b"")
-                    self.deliver_with(sent, restart=began)
-                    texts = [line.split(" ", 2)[2] for line in sent.read_text().splitlines()]
-                    lines = self.path("events.jsonl").read_text().splitlines()
-                    self.assertEqual(sorted(texts), sorted(line for line in lines if "{" in line))
-            self.assertGreater(at, 20, "the kills were not injected")
+    def test_a_file_that_is_rewritten_before_it_is_read_is_said(self):
+        port = free_port()
+        events = self.path("events.jsonl", EVENT + b"\n")
+        client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
+        wait_until(lambda: self.state.exists() and self.state.read_text(), "the client has begun")
+        events.write_bytes(EVENT.replace(b"user1", b"user9") + b"\n")
+        server = Server(self, port=port)
+        output, errors = client.communicate(timeout=20)
+        self.assertIn("events.jsonl changed while it was sent", errors)
+        self.assertEqual((output[:17], client.returncode), ("1 events accepted", 1))
+        self.assertEqual(server.log.read_bytes().count(b"user9"), 1)

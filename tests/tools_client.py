@@ -36,7 +36,12 @@ class ClientTest(SystemTest):
         """Begin a delivery that finds no server, and return the producer id that it keeps."""
         nowhere = f"http://localhost:{free_port()}/liveEvent"
         self.client(*arguments, "--url", nowhere, "--give-up-after", 0, status=1)
-        return json.loads(self.state.read_text())["producerId"]
+        return self.producer_id()
+
+    def producer_id(self):
+        """Return the producer id of the delivery."""
+        first_line, *_ = self.state.read_text().splitlines()
+        return json.loads(first_line)["producerId"]
 
     def rejected_files(self):
         """Return the contents of the files of rejected lines, the oldest first."""

@@ -98,7 +98,8 @@ BATCHES = (204, {"Accept-Post": "application/x-ndjson"}, b"")  # an answer to OP
 class Recorder:
     """An HTTP server that answers what it is told to and records what it is sent.
 
-    An answer is (status, headers, body); None cuts the connection.
+    An answer is (status, headers, body), in JSON unless its headers say otherwise; None cuts the
+    connection.
 
     posts   (headers, body) of each POST, in the order in which they came
     url     where it takes events
@@ -172,9 +173,9 @@ class RecordingHandler(http.server.BaseHTTPRequestHandler):
             return
         status, headers, body = answer
         self.send_response(status)
-        for name, value in headers.items():
+        fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        for name, value in fields.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 

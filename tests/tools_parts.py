@@ -95,11 +95,14 @@ def append(log, line):
 
 @contextlib.contextmanager
 def opened_delivery(path, restart=False):
-    """Return a context with the Delivery of a file in this process."""
-    with captured():
-        delivery = client_module.Delivery(str(path), restart)
-    with delivery._file, delivery._state:
-        yield delivery
+    """Return a context with the source file and the state file of a delivery in this process."""
+    with (
+        contextlib.closing(client_module.Source(str(path), str(path))) as source,
+        contextlib.closing(client_module.StateFile(str(path))) as state,
+    ):
+        with captured():
+            client_module.begin_or_resume(state, source, restart)
+        yield source, state
 
 
 @contextlib.contextmanager
