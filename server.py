@@ -229,7 +229,9 @@ class Rounds:
 
 # ---- Lines of events ----------------------------------------------------------------------------
 
-PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % EVENT)
+# The grammar without its groups: nobody asks for them here, and they cost a tenth of the time.
+PLAIN_EVENT = re.sub(rb"\((?!\?)", rb"(?:", EVENT)
+PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % PLAIN_EVENT)
 
 
 class EventId(NamedTuple):
@@ -276,14 +278,13 @@ def check_event(text):
     check_reserved(event)
 
 
-def judge_batch(body):
-    """Return the Judgement of a body with an event a line; blank lines are skipped."""
-    if is_plain(body + b"\n"):
-        events = body.count(b"\n") + 1
-        return Judgement([Lines(0, body + b"\n")], events, [])
+def judge_batch(lines):
+    """Return the Judgement of lines, each with its LF; blank ones are skipped."""
+    if is_plain(lines):
+        return Judgement([Lines(0, lines)], lines.count(b"\n"), [])
     accepted = []
     rejected = []
-    for index, line in enumerate(body.split(b"\n")):
+    for index, line in enumerate(lines.removesuffix(b"\n").split(b"\n")):
         if not line.strip():
             continue
         try:
@@ -1222,8 +1223,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_batch(self, body, first):
         """Log the valid lines of body, under ids from first on or those of this worker."""
-        body = body.removesuffix(b"\n")
-        count = body.count(b"\n") + 1
+        if not body.endswith(b"\n"):
+            body += b"\n"
+        count = body.count(b"\n")
         if count > MAX_LINES:
             raise Refusal(413, f"a batch must have at most {MAX_LINES} lines")
         if first is not None and first.sequence + count - 1 > MAX_SEQUENCE:
