@@ -107,6 +107,9 @@ REQUEST_SECONDS = 30
 # A peer may take so long to read an answer and to begin the next request. Load balancers reuse a
 # connection for 60 seconds.
 IDLE_SECONDS = 75
+# Lines wait for the log's lock for LOCK_SECONDS, the disk included. If the disk alone took that
+# long, the lock is still waited for so long: another worker may hold it for a moment.
+LEAST_LOCK_SECONDS = 1
 # A question to the database is answered within that time, if only with 503.
 DATABASE_SECONDS = 2
 # A connection to the database is given up after that time; questions do not wait so long for it.
@@ -407,7 +410,8 @@ class LogWriter:
         try:
             sync_file(self._fd)
         except OSError as error:
-            raise self._fail(error) from None
+            words = f"a sync failed ({sentence(error)}); {UNCERTAIN}"
+            raise self._fail(words) from None
 
     def _open_locked(self, deadline):
         """Open and lock the file that path leads to, wait for its lock until the deadline, and
@@ -415,7 +419,7 @@ class LogWriter:
         while not self.failed:
             if self._fd is None:
                 self._fd = self.open()
-            patience = max(0, deadline - time.monotonic())
+            patience = max(LEAST_LOCK_SECONDS, deadline - time.monotonic())
             locked = lock_log(self.path, self._fd, fcntl.LOCK_EX, patience)
             if locked:
                 end = self._end_last_line()  # of a renamed file, too: it may be concatenated
@@ -448,11 +452,11 @@ class LogWriter:
         except OSError as error:
             raise OSError(errno.EIO, f"{sentence(error)}; {UNCERTAIN}") from None
 
-    def _fail(self, error):
+    def _fail(self, words):
         """Write nothing more: after a failed sync the kernel may have dropped what was written,
         and a second sync could lie. Return the exception for those who wait."""
-        self.failed = f"a sync failed ({sentence(error)}); {UNCERTAIN}"
-        return OSError(errno.EIO, self.failed)
+        self.failed = words
+        return OSError(errno.EIO, words)
 
     def _close(self):
         """Close the file, which also releases its lock."""
@@ -488,7 +492,8 @@ class LogWriter:
         except OSError as error:
             # Some file systems cannot sync directories, which is no failure.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise self._fail(error) from None
+                words = f"a sync failed of the directory that it is in ({sentence(error)})"
+                raise self._fail(words) from None
 
     def check(self):
         """Raise OSError if the log cannot be opened and synced."""
@@ -520,7 +525,7 @@ class Question(NamedTuple):
     deadline: float  # when it must have its answer, in seconds of time.monotonic
 
 
-class NoRevenue(Failure):
+class NoAnswer(Exception):
     """The database did not say in time whether a user has revenue."""
 
 
@@ -544,7 +549,7 @@ class Database:
 
     def find_revenue(self, user, answer):
         """Call answer(revenue), exact decimal text or None for a user without any, or
-        answer(NoRevenue), within DATABASE_SECONDS."""
+        answer(NoAnswer), within DATABASE_SECONDS."""
         if len(user) > MAX_USER_CHARACTERS or "\0" in user:
             answer(None)
             return
@@ -565,7 +570,7 @@ class Database:
         except Exception as error:  # whatever it is: everyone gets an answer
             self._disconnect()
             for member in waiting:
-                self._rounds.tell(member, NoRevenue())
+                self._rounds.tell(member, NoAnswer())
             return sentence(error)
         for member in waiting:
             self._rounds.tell(member, revenues.get(member.item.user))
@@ -627,7 +632,7 @@ class Database:
             except TimeoutError:
                 now = time.monotonic()
                 while waiting and waiting[0].item.deadline <= now:
-                    self._rounds.tell(waiting.popleft(), NoRevenue())
+                    self._rounds.tell(waiting.popleft(), NoAnswer())
         raise too_late()
 
     def _disconnect(self):
@@ -1276,7 +1281,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_revenue(self, user, revenue):
         """Answer a user's revenue, digit for digit, or that it is not known."""
-        if isinstance(revenue, NoRevenue):
+        if isinstance(revenue, NoAnswer):
             self.refuse(Refusal(503, "the database does not answer", {"Retry-After": "2"}))
         elif revenue is None:
             self.refuse(Refusal(404, "no revenue is known for this user"))

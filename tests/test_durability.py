@@ -303,7 +303,8 @@ class Durability(SystemTest):
         self.assertEqual(ids_in(path), [("p", 1)])
 
     def test_a_stranger_who_locks_the_log_is_named_and_not_waited_for_long(self):
-        server = Server(self, "--workers", "1", patch="server.LOCK_SECONDS = 0.5")
+        soon = "server.LOCK_SECONDS = server.LEAST_LOCK_SECONDS = 0.5"
+        server = Server(self, "--workers", "1", patch=soon)
         self.assertEqual(server.post(EVENT)[0], 200)
         with open(server.log, "rb") as stranger:
             fcntl.flock(stranger, fcntl.LOCK_EX)

@@ -351,3 +351,11 @@ server.write_all = write_all
         self.assertEqual(status_of(*event), 200)
         process.terminate()
         self.assertEqual(process.wait(20), 0)
+
+    def test_a_server_in_development_mode_has_nothing_to_say(self):
+        server = Server(self, "--workers", "1", PYTHONDEVMODE="1")
+        self.assertEqual(server.post(EVENT)[0], 200)
+        self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
+        self.assertEqual(server.post(b"x\n" * 100, "application/x-ndjson")[0], 200)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.said(), [])

@@ -249,7 +249,7 @@ server.connect = connect
         kept = weakref.ref(answer)
         with locked_users(), contextlib.redirect_stderr(None):
             database.find_revenue("user1", answer)
-        self.assertIsInstance(answers.pop(), server_module.NoRevenue)
+        self.assertIsInstance(answers.pop(), server_module.NoAnswer)
         del answer
         gc.collect()
         self.assertIsNone(kept())
@@ -266,7 +266,7 @@ server.connect = connect
         ):
             answers = []
             database.find_revenue("user1", answers.append)
-            self.assertIsInstance(answers[0], server_module.NoRevenue)
+            self.assertIsInstance(answers[0], server_module.NoAnswer)
         with warnings_of(data_processor) as said_again:
             self.assertEqual(find_revenues(database, ["user1"]), [None])
         self.assertEqual(said, ["The database: can't start new thread."])
