@@ -129,7 +129,7 @@ KILL_SECONDS = 3
 LOOK_SECONDS = 0.1
 # A worker without room waits so long for a connection to end, or for another worker to take the
 # one that waits.
-PAUSE_SECONDS = 0.005
+PAUSE_SECONDS = 0.001
 # A connection that sent something so recently is not closed to make room: more may be on its way.
 QUIET_SECONDS = 0.2
 

@@ -310,3 +310,23 @@ class Answering(RequestTest):
         self.assertRegex(
             second, re.escape(EVENT[:-1]) + rb', "producerId": "[A-Za-z0-9_-]{22}", "sequence": 1}'
         )
+
+    def test_a_handler_finds_what_http_server_promises(self):
+        class Echo(server_module.Handler):
+            def do_GET(self):
+                if self.path == "/health?short":
+                    self.send_error(404)
+                else:
+                    self.send_error(418, self.headers["HOST"], self.path)
+
+        errors = []
+        with (
+            serving(unittest.mock.Mock(failed=None), Handler=Echo) as worker,
+            socket.create_connection(worker.address, timeout=20) as wire,
+        ):
+            for target, status in {"/health?x=1": 418, "/health?short": 404}.items():
+                wire.sendall(request("GET", target))
+                answer, _, body = read_answer(wire)
+                self.assertEqual(answer, status)
+                errors.append(json.loads(body)["error"])
+        self.assertEqual(errors, ["/health?x=1", "Nothing matches the given URI"])
