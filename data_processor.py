@@ -1729,13 +1729,18 @@ class Applier:
         reading = Reading()
         position = -1
         while reading.end < log.end:
-            with self.database.counting() as sql:
-                chunk = apply_chunk(sql, log, reading, from_start, self.chunk_bytes)
+            chunk = None
+            try:
+                with self.database.counting() as sql:
+                    chunk = apply_chunk(sql, log, reading, from_start, self.chunk_bytes)
+            finally:
+                # When COMMIT fails, it may have been done: nobody would read these lines again.
+                if chunk is not None:
+                    self.say_rejected(log, chunk.rejected, summary)
             position = chunk.position
             self.progress = self.progress or chunk.applied > 0
             summary.applied += chunk.applied
             summary.repeated += chunk.repeated
-            self.say_rejected(log, chunk.rejected, summary)
             events = summary.applied + summary.repeated + summary.rejected
             show_progress(f"{log.path}: {chunk.end / log.end:.0%}, {events:,} events")
             if chunk.end == chunk.start:

@@ -2,20 +2,17 @@
 
 import errno
 import itertools
-import os
-import subprocess
-import sys
 import unittest
 import unittest.mock
 
 import psycopg2
 
 import data_processor
-from tests.tools import SystemTest, patched
+from tests.tools import SystemTest
 from tests.tools_database import empty_tables, query, setUpModule, terminate_backends
 from tests.tools_events import EVENT, with_id
 from tests.tools_faults import FaultyConnection
-from tests.tools_parts import apply, captured, opened_processor, poll, small_slices
+from tests.tools_parts import apply, captured, opened_follower, poll, run_patched, small_slices
 
 
 class ExactlyOnce(SystemTest):
@@ -32,13 +29,8 @@ class ExactlyOnce(SystemTest):
     def test_every_chunk_of_a_changed_log_has_its_lines_without_an_id_refused(self):
         log = self.path("log", with_id("p", 1) + 3 * (EVENT.decode() + "\n"))
         for failed in (False, True, True):
-            with (
-                opened_processor(log) as processor,
-                captured(),
-                unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=700, BLOCK_BYTES=200),
-            ):
-                processor.run()
-            self.assertEqual(processor.failed, failed)
+            with unittest.mock.patch.multiple(data_processor, CHUNK_BYTES=700, BLOCK_BYTES=200):
+                self.assertEqual(apply(log), not failed)
             log.write_text(
                 "".join(with_id("p", n) for n in range(1, 11))
                 + 4 * (EVENT.decode() + "\n")
@@ -70,56 +62,60 @@ class ExactlyOnce(SystemTest):
 
     def test_what_is_counted_was_synced_before(self):
         log = self.path("log", with_id("p", 1))
-        with (
-            captured(),
-            opened_processor(log, follow=True) as processor,
-            unittest.mock.patch.object(
-                data_processor, "sync_file", side_effect=OSError(errno.EIO, "broken")
-            ),
-            unittest.mock.patch.object(
-                data_processor.time, "sleep", side_effect=AssertionError("it goes on")
-            ),
-        ):
-            self.assertRaisesRegex(SystemExit, f"^{log}: a sync failed [(]broken[)]", processor.run)
-        arguments, environment = patched(
-            "data_processor",
-            (
-                "import errno\ndef broken(fd): raise OSError(errno.EIO, 'broken')\n"
-                "data_processor.sync_file = broken"
-            ),
+        words = f"{log}: a sync failed (broken), so it is not counted. "
+        broken = unittest.mock.patch.object(
+            data_processor, "sync_file", side_effect=OSError(errno.EIO, "broken")
         )
-        run = subprocess.run(
-            [sys.executable, *arguments, log],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
+        asleep = unittest.mock.patch.object(
+            data_processor.time, "sleep", side_effect=AssertionError("it goes on")
         )
-        self.assertEqual((run.returncode, run.stdout), (1, ""))
-        self.assertEqual(run.stderr, f"{log}: a sync failed (broken), so it is not counted.\n")
-        self.assertEqual(
-            (query("SELECT * FROM event_producers"), query("SELECT * FROM event_logs")), ([], [])
+        with captured(), opened_follower(log) as follower, broken, asleep:
+            with self.assertRaises(data_processor.SyncFailed) as raised:
+                follower.follow()
+        self.assertTrue(str(raised.exception).startswith(words))
+        run = run_patched(
+            "import errno\n"
+            "def broken(fd): raise OSError(errno.EIO, 'broken')\n"
+            "data_processor.sync_file = broken",
+            log,
         )
+        output, errors = run.communicate(timeout=60)
+        self.assertEqual((run.returncode, output), (1, ""))
+        self.assertTrue(errors.startswith(words), errors)
+        self.assertEqual(query("SELECT * FROM event_producers"), [])
+        self.assertEqual(query("SELECT * FROM event_logs"), [])
+        apply(log)
+        self.assertRevenue({"user1": 1})
+
+    def test_a_log_without_anything_new_is_not_synced(self):
+        log = self.path("log", with_id("p", 1))
         apply(log)
         with unittest.mock.patch.object(data_processor, "sync_file") as sync:
             apply(log)
-        sync.assert_not_called()  # nothing was new
-        self.assertRevenue({"user1": 1})
+        sync.assert_not_called()
+
+    def test_a_log_without_anything_new_needs_no_transaction_of_its_own(self):
+        logs = [self.path(f"log{number}", with_id(f"p{number}", 1)) for number in range(5)]
+        apply(*logs)
+        counting = unittest.mock.Mock(side_effect=data_processor.Database.counting)
+        with unittest.mock.patch.object(data_processor.Database, "counting", counting):
+            self.assertTrue(apply(*logs))
+        counting.assert_not_called()
 
     def test_a_log_is_synced_once_for_all_of_its_chunks(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 41)))
         with (
-            captured(),
             small_slices(1, CHUNK_BYTES=500),
-            opened_processor(log) as processor,
             unittest.mock.patch.object(data_processor, "sync_file") as sync,
         ):
-            processor.run()
+            apply(log)
         sync.assert_called_once()
         self.assertRevenue({"user1": 40})
 
     def test_a_run_gives_up_after_attempts_without_progress_alone(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 41)))
-        apply_chunk, calls = data_processor.apply_chunk, itertools.count(1)
+        apply_chunk = data_processor.apply_chunk
+        calls = itertools.count(1)
 
         def fail_often(*arguments):
             if next(calls) % 4:
@@ -127,13 +123,11 @@ class ExactlyOnce(SystemTest):
             return apply_chunk(*arguments)
 
         with (
-            captured(),
             small_slices(1, CHUNK_BYTES=1000),
-            opened_processor(log) as processor,
             unittest.mock.patch.object(data_processor.time, "sleep"),
             unittest.mock.patch.object(data_processor, "apply_chunk", fail_often),
         ):
-            processor.run()
+            apply(log)
         self.assertGreater(next(calls), 2 * data_processor.ATTEMPTS)
         self.assertRevenue({"user1": 40})
 
@@ -144,7 +138,8 @@ class ExactlyOnce(SystemTest):
             with_id("p", 1) + with_id("q", 1) + "".join(with_id("p", n) for n in range(2, 41)),
         )
         self.processor(older)  # the log was changed since: it is read again from its start
-        apply_chunk, chunks = data_processor.apply_chunk, []
+        apply_chunk = data_processor.apply_chunk
+        chunks = []
 
         def replace_database(*arguments):
             chunks.append(arguments)
@@ -155,51 +150,52 @@ class ExactlyOnce(SystemTest):
             return apply_chunk(*arguments)
 
         with (
-            captured(),
             small_slices(1, CHUNK_BYTES=500),
-            opened_processor(log) as processor,
             unittest.mock.patch.object(data_processor, "apply_chunk", replace_database),
         ):
-            processor.run()
+            apply(log)
         self.assertGreater(len(chunks), 8)
         self.assertRevenue({"user1": 41})
 
     def test_which_logs_a_run_has_applied_ends_with_its_connection(self):
         log = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
-        with captured(), opened_processor(log, follow=True) as processor:
-            poll(processor)
+        with captured(), opened_follower(log) as follower:
+            poll(follower)
             log.write_text(with_id("p", 1) + with_id("q", 1))  # which moves no position
-            poll(processor)
+            poll(follower)
             self.assertRevenue({"user1": 4})
             query(
                 "UPDATE users_revenue SET revenue = 3; "
                 "DELETE FROM event_producers WHERE producer_id = 'q'"
             )
             terminate_backends()  # the database was replaced by an older one
-            poll(processor)
+            poll(follower)
         self.assertRevenue({"user1": 4})
 
     def test_a_run_notices_that_the_database_knows_less_than_before(self):
         logs = [self.path("log.1", with_id("p", 1)), self.path("log", with_id("p", 2))]
-        with captured(), opened_processor(logs[1], follow=True) as processor:
-            poll(processor)
+        with captured(), opened_follower(logs[1]) as follower:
+            poll(follower)
             empty_tables()  # restored, and no connection was lost
-            poll(processor)
+            poll(follower)
         self.assertRevenue({"user1": 2})
-        apply_log, restored = data_processor.Processor.apply_log, []
 
-        def restore_after_first(processor, log):
-            found = apply_log(processor, log)
+    def test_a_run_notices_it_between_two_logs(self):
+        self.path("log.1", with_id("p", 1))
+        log = self.path("log", with_id("p", 2))
+        apply_log = data_processor.Applier.apply
+        restored = []
+
+        def restore_after_first(applier, reader):
+            found = apply_log(applier, reader)
             if not restored:
-                restored.append(empty_tables())
+                restored.append(reader.path)
+                empty_tables()
             return found
 
-        with (
-            captured(),
-            opened_processor(logs[1]) as processor,
-            unittest.mock.patch.object(data_processor.Processor, "apply_log", restore_after_first),
-        ):
-            processor.run()
+        with unittest.mock.patch.object(data_processor.Applier, "apply", restore_after_first):
+            apply(log)
+        self.assertEqual(restored, [f"{log}.1"])
         self.assertRevenue({"user1": 2})
 
     def test_a_chunk_counts_once_although_any_step_fails(self):
@@ -212,34 +208,32 @@ class ExactlyOnce(SystemTest):
         ]
         expected = {"user0": 1, "user1": 4, "user2": 2}
 
-        def run():
-            with opened_processor(*logs) as processor:
-                try:
-                    processor.run()
-                    return True
-                except (data_processor.Failure, psycopg2.Error, SystemExit):
-                    return False
+        def survives():
+            """Run to the end, or return False if an error ends it."""
+            try:
+                data_processor.run(logs)
+                return True
+            except (data_processor.Failure, psycopg2.Error, SystemExit):
+                return False
 
-        connect, sleep = data_processor.connect, unittest.mock.patch.object(
-            data_processor.time, "sleep"
-        )
-        faulty = unittest.mock.patch.object(
-            data_processor,
-            "connect",
-            lambda **options: connect(**options, connection_factory=FaultyConnection),
-        )
-        with sleep, faulty:
+        connect = data_processor.connect
+
+        def connect_faulty(**options):
+            return connect(**options, connection_factory=FaultyConnection)
+
+        asleep = unittest.mock.patch.object(data_processor.time, "sleep")
+        with asleep, unittest.mock.patch.object(data_processor, "connect", connect_faulty):
             for error in (psycopg2.OperationalError, psycopg2.errors.DeadlockDetected, SystemExit):
                 survived = 0
                 for at in range(1, 1000):
                     empty_tables()
                     FaultyConnection.fail(error, at)
                     with self.subTest(error.__name__, step=at), captured() as printed:
-                        survived += run()
+                        survived += survives()
                         if FaultyConnection.steps < at:
                             break
                         FaultyConnection.fail(None, 0)
-                        self.assertTrue(run())
+                        self.assertTrue(survives())
                         self.assertIn("not JSON", printed(), "a bad line is reported at least once")
                         self.assertRevenue(expected)
                 self.assertGreater(at, 40)

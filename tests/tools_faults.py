@@ -161,18 +161,11 @@ class FaultyConnection(psycopg2.extensions.connection):
         """Return a cursor whose statements are steps."""
         return super().cursor(*arguments, cursor_factory=FaultyCursor, **options)
 
-    def __exit__(self, kind, error, trace):
-        """Commit between two steps, or roll back."""
-        if kind is None:
-            try:
-                self.step()  # at COMMIT
-            except BaseException:
-                if not self.closed:
-                    self.rollback()
-                raise
-        super().__exit__(kind, error, trace)
-        if kind is None:
-            self.step()  # COMMIT was done, and nobody knows
+    def commit(self):
+        """Commit between two steps."""
+        self.step()
+        super().commit()
+        self.step()  # COMMIT was done, and nobody knows
 
 
 class FaultyCursor(psycopg2.extensions.cursor):

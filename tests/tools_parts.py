@@ -36,31 +36,32 @@ def captured():
 
 
 @contextlib.contextmanager
-def opened_processor(*paths, **options):
-    """Return a context with a Processor in this process, whose logs and connection are closed at
+def opened_follower(*paths):
+    """Return a context with a Follower in this process, whose logs and connection are closed at
     its end."""
-    processor = data_processor.Processor(list(map(str, paths)), **options)
+    follower = data_processor.Follower([str(path) for path in paths])
     try:
-        yield processor
+        yield follower
     finally:
-        for log in processor.held.values():
+        for log in follower.held.values():
             log.close()
-        if processor.connection:
-            processor.connection.close()
+        for renamed in follower.renamed:
+            renamed.log.close()
+        follower.database.close()
 
 
 def apply(*paths):
-    """Apply what is new in logs, in this process."""
-    with captured(), opened_processor(*paths) as processor:
-        processor.run()
+    """Apply what is new in logs, in this process; return whether all was well."""
+    with captured():
+        return data_processor.run([str(path) for path in paths])
 
 
 class Polled(Exception):
     """A follower waits for its next poll."""
 
 
-def poll(processor):
-    """Run a follower in this process until it waits for its next poll."""
+def poll(follower):
+    """Let a follower in this process go on until it waits for its next poll."""
 
     def sleep(seconds):
         if seconds == data_processor.POLL_SECONDS:
@@ -70,7 +71,7 @@ def poll(processor):
         contextlib.suppress(Polled),
         unittest.mock.patch.object(data_processor.time, "sleep", sleep),
     ):
-        processor.run()
+        follower.follow()
 
 
 @contextlib.contextmanager
@@ -115,12 +116,15 @@ def opened_reader(path):
 
 def apply_uncommitted(path, connection):
     """Count the events of a log in a connection's transaction."""
-    with (
-        opened_reader(path) as log,
-        data_processor.tallied(log, 0, False) as tallies,
-        connection.cursor() as sql,
-    ):
-        data_processor.count_once(sql, tallies)
+    with opened_reader(path) as log, connection.cursor() as sql:
+        tallies = data_processor.tally_chunk(log, 0, log.end, data_processor.COUNT)
+        data_processor.count_once(sql, log, tallies)
+
+
+def read_lines(text, start=0):
+    """Return the BlockRows of lines that begin at an offset of a log."""
+    block = data_processor.Block(start, text, start + len(text))
+    return data_processor.read_rows(block, data_processor.COUNT)
 
 
 def small_slices(cores, **settings):
@@ -130,9 +134,12 @@ def small_slices(cores, **settings):
 
 
 def normal(row):
-    """Return what a row of the tally means: user, amount, producer and sequence."""
-    user, sign, value, producer, sequence, _ = row
-    return user, Decimal(value.decode()) * (1 if sign == b"add" else -1), producer, sequence
+    """Return what a row of a tally means: user, amount, producer and sequence."""
+    line = data_processor.LogLine._make(row)
+    amount = Decimal(line.amount.decode())
+    if line.kind == b"subtract":
+        amount = amount.copy_negate()
+    return line.user, amount, line.producer, line.sequence
 
 
 def run_patched(patch, *arguments, **options):
