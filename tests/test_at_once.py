@@ -13,9 +13,34 @@ import psycopg2.extensions
 
 import data_processor
 from tests.tools import SystemTest, wait_until
-from tests.tools_database import empty_tables, locked_users, query, setUpModule, waiting
+from tests.tools_database import connect, empty_tables, locked_users, query, setUpModule, waiting
 from tests.tools_events import EVENT, with_id
-from tests.tools_parts import apply_uncommitted, captured, opened_processor
+from tests.tools_parts import apply_uncommitted, captured
+
+
+class Interrupting(psycopg2.extensions.cursor):
+    """A cursor of an Interrupted connection."""
+
+    def execute(self, *arguments):
+        """Let others come between, then execute a statement."""
+        self.connection.come_between(self.connection.statements)
+        self.connection.statements += 1
+        super().execute(*arguments)
+
+
+class Interrupted(psycopg2.extensions.connection):
+    """A connection between whose statements others come.
+
+    statements    how many were executed
+    come_between  what is called with that number before each
+    """
+
+    statements = 0
+    come_between = None
+
+    def cursor(self, *arguments, **options):
+        """Return a cursor that lets others come between."""
+        return super().cursor(*arguments, cursor_factory=Interrupting, **options)
 
 
 class AtOnce(SystemTest):
@@ -45,12 +70,10 @@ class AtOnce(SystemTest):
 
     def test_of_two_processors_that_meet_a_producer_the_second_waits(self):
         for start in (1, 3):
-            first, second = (
-                self.path(f"log{n}", with_id("p", n) + with_id("p", n + 1))
-                for n in (start, start + 1)
-            )
-            connection = psycopg2.connect(os.environ["DATABASE_URL"])
-            with contextlib.closing(connection):
+            middle = start + 1
+            first = self.path("first", with_id("p", start) + with_id("p", middle))
+            second = self.path("second", with_id("p", middle) + with_id("p", middle + 1))
+            with contextlib.closing(connect()) as connection:
                 apply_uncommitted(first, connection)
                 other = self.start("data_processor.py", second)
                 wait_until(waiting, "the other waits")
@@ -69,62 +92,53 @@ class AtOnce(SystemTest):
         self.assertRevenue({"user1": 2})
 
     def test_a_producer_that_was_read_is_not_changed_by_others_until_the_commit(self):
-        first, second = (self.path(f"log{n}", with_id("p", n) + with_id("p", 2)) for n in (1, 3))
+        first = self.path("first", with_id("p", 1) + with_id("p", 2))
+        second = self.path("second", with_id("p", 3) + with_id("p", 2))
         self.processor(self.path("known", with_id("p", 9)))
-        select_new, other = data_processor.select_new, []
+        mark_lines = data_processor.mark_lines
+        other = []
 
         def decide(*arguments):  # between the reading of the producers and the writing
             other.append(self.start("data_processor.py", second))
             wait_until(lambda: other[0].poll() is not None or waiting(), "the other waits")
-            return select_new(*arguments)
+            return mark_lines(*arguments)
 
         with (
-            contextlib.closing(psycopg2.connect(os.environ["DATABASE_URL"])) as connection,
+            contextlib.closing(connect()) as connection,
             connection,
-            unittest.mock.patch.object(data_processor, "select_new", decide),
+            unittest.mock.patch.object(data_processor, "mark_lines", decide),
         ):
             apply_uncommitted(first, connection)
         self.assertEqual(other[0].wait(20), 0)
         self.assertRevenue({"user1": 4})
 
     def test_two_processors_come_between_any_two_statements_of_a_third(self):
-        connect = psycopg2.connect
+        pairs = [(1, 2), (2, 3), (1, 3)]
+        paths = [self.path(f"log{a}{b}", with_id("p", a) + with_id("p", b)) for a, b in pairs]
 
         def intrude(path):
-            connection = connect(os.environ["DATABASE_URL"], options="-c lock_timeout=20ms")
-            with (
-                contextlib.closing(connection),
-                contextlib.suppress(psycopg2.errors.LockNotAvailable),
-            ):
-                apply_uncommitted(path, connection)
-                connection.commit()
+            with contextlib.closing(connect(options="-c lock_timeout=20ms")) as connection:
+                with contextlib.suppress(data_processor.Locked):
+                    apply_uncommitted(path, connection)
+                    connection.commit()
 
-        class Cursor(psycopg2.extensions.cursor):
-            def execute(self, *arguments):
-                for at, path in zip(intrusions, paths[1:]):
-                    if at == self.connection.steps:
-                        intrude(path)
-                self.connection.steps += 1
-                super().execute(*arguments)
-
-        class Interrupted(psycopg2.extensions.connection):
-            steps = 0
-
-            def cursor(self, *arguments, **options):
-                return super().cursor(*arguments, cursor_factory=Cursor, **options)
-
-        paths = [
-            self.path(f"log{a}{b}", with_id("p", a) + with_id("p", b))
-            for a, b in ((1, 2), (2, 3), (1, 3))
-        ]
-        for intrusions in itertools.combinations_with_replacement(range(5), 2):
+        for intrusions in itertools.combinations_with_replacement(range(6), 2):
             with self.subTest(intrusions=intrusions):
                 empty_tables()
-                connection = connect(os.environ["DATABASE_URL"], connection_factory=Interrupted)
+                begun = []
+
+                def come_between(statement):
+                    for at, path in zip(intrusions, paths[1:]):
+                        if at == statement:
+                            begun.append(path)
+                            intrude(path)
+
+                connection = connect(connection_factory=Interrupted)
                 with contextlib.closing(connection):
+                    connection.come_between = come_between
                     apply_uncommitted(paths[0], connection)
                     connection.commit()
-                    self.assertTrue(connection.steps, "nobody came between")
+                self.assertTrue(begun, "nobody came between")
                 for path in paths:
                     intrude(path)
                 self.assertEqual(query("SELECT revenue FROM users_revenue"), [(3,)])
@@ -154,52 +168,41 @@ class AtOnce(SystemTest):
     def test_a_processor_that_commits_while_another_is_at_work_counts_once(self):
         self.processor(self.path("known", with_id("p", 9)))
         paths = [self.path(f"log{n}", with_id("p", n) + with_id("p", n + 1)) for n in (1, 2)]
-        connect, begun = psycopg2.connect, []
+        begun = []
 
-        def begin_other():
-            other = connect(os.environ["DATABASE_URL"], options="-c lock_timeout=100ms")
+        def begin_other(statement):
+            if statement != at:
+                return
+            other = connect(options="-c lock_timeout=100ms")
             self.addCleanup(other.close)
-            with contextlib.suppress(psycopg2.errors.LockNotAvailable):
+            with contextlib.suppress(data_processor.Locked):
                 apply_uncommitted(paths[1], other)
-                begun.append(
-                    threading.Timer(0.3, other.commit)
-                )  # by then the first waits, or is done
+                # By then the first waits, or is done.
+                begun.append(threading.Timer(0.3, other.commit))
                 begun[-1].start()
 
-        class Cursor(psycopg2.extensions.cursor):
-            def execute(self, *arguments):
-                if self.connection.steps == at:
-                    begin_other()
-                self.connection.steps += 1
-                super().execute(*arguments)
-
-        class Interrupted(psycopg2.extensions.connection):
-            steps = 0
-
-            def cursor(self, *arguments, **options):
-                return super().cursor(*arguments, cursor_factory=Cursor, **options)
-
-        for at in range(4):
+        for at in range(5):
             with self.subTest(statement=at):
                 query(
                     "UPDATE event_producers SET applied = '{[9,10)}'; "
-                    "UPDATE users_revenue SET revenue = 1; "
-                    "TRUNCATE event_logs"
+                    "UPDATE users_revenue SET revenue = 1"
                 )
-                connection = connect(os.environ["DATABASE_URL"], connection_factory=Interrupted)
+                connection = connect(connection_factory=Interrupted)
                 with contextlib.closing(connection):
+                    connection.come_between = begin_other
                     apply_uncommitted(paths[0], connection)
                     connection.commit()
                 for timer in begun:
                     timer.join()
-                self.processor(*paths)
+                self.processor("--from-start", *paths)
                 self.assertRevenue({"user1": 4})
         self.assertGreater(len(begun), 1, "nobody came between")
 
     def test_rows_are_locked_in_the_order_of_their_bytes(self):
         names = [f"n{number:02}" for number in range(40)]
         backwards = "".join(with_id(name, 1, name) for name in reversed(names))
-        held, later = names[20], names[21:]
+        held = names[20]
+        later = names[21:]
         lock = {
             "new producers": "INSERT INTO event_producers (producer_id) SELECT unnest(%s)",
             "known producers": "SELECT FROM event_producers "
@@ -207,9 +210,9 @@ class AtOnce(SystemTest):
             "users": "SELECT FROM users_revenue WHERE user_id = ANY (%s) FOR UPDATE",
         }
         for case, statement in lock.items():
-            connection = psycopg2.connect(os.environ["DATABASE_URL"])
+            connection = connect()
             with self.subTest(case), contextlib.closing(connection), connection.cursor() as sql:
-                empty_tables()
+                query("TRUNCATE users_revenue, event_producers, event_logs")
                 if case != "new producers":
                     query(
                         "INSERT INTO event_producers (producer_id) SELECT unnest(%s)", [names[::-1]]
@@ -225,32 +228,32 @@ class AtOnce(SystemTest):
                 self.assertRevenue(dict.fromkeys(names, 1))
 
     def test_the_isolation_is_read_committed_whatever_the_database_prefers(self):
-        with (
-            unittest.mock.patch.dict(
-                os.environ, PGOPTIONS="-c default_transaction_isolation=serializable"
-            ),
-            opened_processor(self.path("log")) as processor,
-        ):
-            processor.connect()
-            with processor.transaction() as sql:
+        preference = {"PGOPTIONS": "-c default_transaction_isolation=serializable"}
+        database = data_processor.Database()
+        with unittest.mock.patch.dict(os.environ, preference), contextlib.closing(database):
+            database.connect()
+            with database.counting() as sql:
+                sql.execute("SHOW default_transaction_isolation")
+                self.assertEqual(sql.fetchone(), ("serializable",))
                 sql.execute("SHOW transaction_isolation")
                 self.assertEqual(sql.fetchone(), ("read committed",))
 
     def test_a_processor_that_stands_still_does_not_hold_up_the_others_for_long(self):
         log = self.path("log", with_id("p", 1))
-        count_once, outputs = data_processor.count_once, []
+        count_once = data_processor.count_once
+        outputs = []
 
-        def stand_still(sql, tallies):
-            counted = count_once(sql, tallies)
+        def stand_still(*arguments):
+            counted = count_once(*arguments)
             if not outputs:
-                outputs.append(self.processor(log)[0])
+                output, _ = self.processor(log)
+                outputs.append(output)
             return counted
 
         with (
-            opened_processor(log) as processor,
             captured(),
             unittest.mock.patch.multiple(data_processor, count_once=stand_still, IDLE_SECONDS=0.2),
         ):
-            processor.run()
+            data_processor.run([str(log)])
         self.assertIn("1 applied", outputs[0])
         self.assertRevenue({"user1": 1})

@@ -1,22 +1,21 @@
 """Several cores count what one would count, in bounded memory."""
 
+import collections
 import errno
 import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import unittest
 import unittest.mock
 from decimal import Decimal
 
 import data_processor
-from tests.tools import SystemTest, alive, children_of, patched, wait_until
-from tests.tools_database import empty_tables, setUpModule
+from tests.tools import SystemTest, alive, children_of, wait_until
+from tests.tools_database import empty_tables, query, setUpModule
 from tests.tools_events import EVENT, TORTURE_SEED, with_id
-from tests.tools_parts import apply, captured, opened_processor, opened_reader, small_slices
+from tests.tools_parts import apply, captured, opened_reader, run_patched, small_slices
 
 
 class Chunks(SystemTest):
@@ -34,14 +33,9 @@ class Chunks(SystemTest):
         for cores in (1, 2, 5):
             with self.subTest(cores=cores):
                 empty_tables()
-                children = unittest.mock.Mock(side_effect=data_processor.TallyInChild)
-                with (
-                    captured(),
-                    small_slices(cores),
-                    opened_processor(log) as processor,
-                    unittest.mock.patch.object(data_processor, "TallyInChild", children),
-                ):
-                    processor.run()
+                children = unittest.mock.Mock(side_effect=data_processor.TallyProcess)
+                with small_slices(cores, TallyProcess=children):
+                    apply(log)
                 self.assertEqual(children.call_count, cores)
                 self.assertRevenue(expected)
 
@@ -59,62 +53,55 @@ class Chunks(SystemTest):
                 some = self.path("some", "".join(chance.sample(lines, chance.choice([1, 50, 99]))))
                 rest = lines + others + chance.choices(lines, k=chance.choice([1, 50, 200]))
                 chance.shuffle(rest)
-                with (
-                    captured(),
-                    small_slices(chance.choice([1, 2, 3])),
-                    opened_processor(
-                        some, self.path("rest", with_id("other", 1, value=0) + "".join(rest))
-                    ) as processor,
-                ):
-                    processor.run()
+                others_first = with_id("other", 1, value=0) + "".join(rest)
+                with small_slices(chance.choice([1, 2, 3])):
+                    apply(some, self.path("rest", others_first))
                 self.assertRevenue(everything)
 
     def test_a_child_that_dies_is_no_part_of_a_sum(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
-        once, parent = self.path("once"), os.getpid()
+        once = self.path("once")
+        parent = os.getpid()
+        steps = ("send_tally", "read_rows", "add_amounts", "sums_as_json")
+        for step, forever in itertools.product(steps, (False, True)):
+            real = getattr(data_processor, step)
 
-        class Dying(data_processor.Tally):
-            def __getattribute__(tally, name):
-                if name == step and os.getpid() != parent and (forever or once.exists()):
+            def die(*arguments):
+                if os.getpid() != parent and (forever or once.exists()):
                     once.unlink(missing_ok=True)
                     os.kill(os.getpid(), signal.SIGKILL)
-                return super().__getattribute__(name)
+                return real(*arguments)
 
-        for step, forever in itertools.product(("report", "sums", "_add"), (False, True)):
-            with self.subTest(step, forever=forever):
+            with self.subTest(step, forever=forever), small_slices(2, ATTEMPTS=2, **{step: die}):
                 empty_tables()
                 once.touch()
-                with (
-                    captured(),
-                    small_slices(2),
-                    opened_processor(log) as processor,
-                    unittest.mock.patch.multiple(data_processor, Tally=Dying, ATTEMPTS=2),
-                ):
-                    if forever:
-                        with self.assertRaisesRegex(
-                            data_processor.ChildDied, "log ended too early: out of memory"
-                        ):
-                            processor.run()
-                    else:
-                        processor.run()
-                        self.assertFalse(once.exists(), "no child died")
-                self.assertRevenue({} if forever else {"user1": 100})
+                if forever:
+                    with self.assertRaisesRegex(
+                        data_processor.ChildDied, "log ended too early: out of memory"
+                    ):
+                        apply(log)
+                    self.assertRevenue({})
+                else:
+                    apply(log)
+                    self.assertFalse(once.exists(), "no child died")
+                    self.assertRevenue({"user1": 100})
 
     def test_children_end_when_their_parent_is_killed(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 50_001)))
-        patch = (
-            "import time\ndata_processor.usable_cores = lambda: 3\n"
+        processor = run_patched(
+            "import time\n"
+            "data_processor.usable_cores = lambda: 3\n"
             "data_processor.SLICE_BYTES = 1000\n"
-            "sums = data_processor.Tally.sums\n"
-            "data_processor.Tally.sums = lambda *arguments: (time.sleep(1), sums(*arguments))[1]"
+            "tally_slice = data_processor.tally_slice\n"
+            "def slow(*arguments):\n"
+            "    time.sleep(1)\n"
+            "    return tally_slice(*arguments)\n"
+            "data_processor.tally_slice = slow",
+            log,
         )
-        arguments, environment = patched("data_processor", patch)
-        processor = subprocess.Popen(
-            [sys.executable, *arguments, log], env=os.environ | environment
-        )
-        self.addCleanup(processor.wait)
         children = wait_until(lambda: children_of(processor.pid), "it has forked")
         processor.kill()
+        processor.communicate()
         wait_until(lambda: not any(map(alive, children)), "its children have ended")
         self.processor(log)
         self.assertRevenue({"user1": 50_000})
@@ -122,23 +109,16 @@ class Chunks(SystemTest):
     def test_a_log_that_cannot_be_read_in_a_child_is_said(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
         error = OSError(errno.EIO, "Input/output error")
-        with (
-            captured() as printed,
-            small_slices(2),
-            opened_processor(log) as processor,
-            unittest.mock.patch.object(data_processor, "read_rows", side_effect=error),
-        ):
-            processor.run()
-            self.assertEqual((printed(), processor.failed), (f"{log}: Input/output error.\n", True))
+        broken = unittest.mock.Mock(side_effect=error)
+        with captured() as printed, small_slices(2, read_rows=broken):
+            self.assertFalse(data_processor.run([str(log)]))
+            self.assertEqual(printed(), f"{log}: Input/output error.\n")
 
     def test_a_chunk_ends_early_rather_than_keep_too_much(self):
         repeated = 300 * with_id("p", 1)  # a span for each line
-        users, ids = (
-            "".join(with_id("p", n, user) for n, user in enumerate(names, 1))
-            for names in ([f"u{n}" for n in range(300)], [f"{n:0100}" for n in range(300)])
-        )
+        users = "".join(with_id("p", n, f"u{n}") for n in range(1, 301))
+        ids = "".join(with_id("p", n, f"{n:0100}") for n in range(1, 301))
         logs = {
-            "bytes": (repeated, {"CHUNK_BYTES": 1000}),
             "seconds": (repeated, {"CHUNK_SECONDS": -1}),
             "bad lines": (300 * "x\n", {"KEPT_BYTES": 10_000}),
             "spans": (repeated, {"KEPT_BYTES": 3000}),
@@ -153,18 +133,31 @@ class Chunks(SystemTest):
                     small_slices(cores, **limits),
                     opened_reader(self.path("log", content)) as log,
                 ):
-                    with data_processor.tallied(log, 0, False) as tallies:
-                        ends = [0] + [tally.report.end for tally in tallies]
-                    self.assertEqual([tally.report.start for tally in tallies], ends[:-1])
+                    tallies = data_processor.tally_chunk(log, 0, log.end, data_processor.COUNT)
+                    ends = [0] + [tally.end for tally in tallies]
+                    self.assertEqual([tally.part.start for tally in tallies], ends[:-1])
                     self.assertTrue(0 < ends[-1] < len(content), ends)
                     last[cores] = ends[-1]
             if "KEPT_BYTES" in limits:
                 self.assertLess(last[3], last[1], f"{what}: the slices share the limit")
         self.assertLess(3 * data_processor.CHUNK_SECONDS, data_processor.IDLE_SECONDS)
 
+    def test_a_chunk_has_about_the_size_that_is_asked_for(self):
+        content = 300 * with_id("p", 1)
+        for cores in (1, 3):
+            with (
+                self.subTest(cores=cores),
+                small_slices(cores),
+                opened_reader(self.path("log", content)) as log,
+            ):
+                tallies = data_processor.tally_chunk(log, 0, 3000, data_processor.COUNT)
+                size = tallies[-1].end
+                self.assertLess(abs(size - 3000), len(with_id("p", 1)))
+
     def test_new_events_are_read_once(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
-        read_rows, reads = data_processor.read_rows, self.path("reads", b"")
+        read_rows = data_processor.read_rows
+        reads = self.path("reads", b"")
 
         def read_and_note(*arguments):
             with open(reads, "a") as file:  # which the child shares with this process
@@ -176,34 +169,126 @@ class Chunks(SystemTest):
         self.assertEqual(reads.read_text(), "read\n")
         self.assertRevenue({"user1": 100})
 
-    def test_a_log_that_is_cut_between_its_readings_is_not_counted(self):
+    def test_a_second_tally_is_made_for_mixed_slices_alone(self):
+        lines = [with_id("p", n) for n in range(11, 41)]  # which have the same length
+        cases = {
+            "all are new": ([], []),
+            "none is new": (lines, []),
+            "a slice is known": (lines[:10], []),
+            "an event of the second slice is known": (lines[15:16], [1]),
+            "an event of the first and of the last is known": ([lines[9], lines[20]], [0, 2]),
+        }
+        starts = [first * len(lines[0]) for first in (0, 10, 20)]
+        for case, (before, mixed) in cases.items():
+            with self.subTest(case):
+                empty_tables()
+                apply(self.path("before", "".join(before)))
+                tallied = []
+                process = data_processor.TallyProcess
+
+                def note(log, slice, marks=None):
+                    tallied.append((slice.start, marks is not None))
+                    return process(log, slice, marks)
+
+                with small_slices(3, TallyProcess=note):
+                    apply(self.path("log", "".join(lines)))
+                again = [start for start, has_marks in tallied if has_marks]
+                self.assertEqual(again, [starts[number] for number in mixed])
+                self.assertRevenue({"user1": 30})
+
+    def test_a_log_with_a_tenth_of_repeats_counts_each_event_once(self):
+        chance = random.Random(TORTURE_SEED)
+        lines = [with_id(f"p{n % 3}", n, f"user{n % 7}", n) for n in range(1, 2001)]
+        expected = {f"user{user}": sum(range(user or 7, 2001, 7)) for user in range(7)}
+        repeated = lines + chance.sample(lines, 200)
+        chance.shuffle(repeated)
+        log = self.path("log", "".join(repeated))
+        for cores in (1, 3):
+            with self.subTest(cores=cores, seed=TORTURE_SEED):
+                empty_tables()
+                with captured() as printed, small_slices(cores):
+                    data_processor.run([str(log)])
+                    self.assertIn("2,000 applied, 200 repeated, 0 rejected", printed())
+                self.assertRevenue(expected)
+
+    def changed_between_its_tallies(self, change):
+        """Apply a log of three events, of which one is known, and which change(path) changes after
+        its first tally; return its path, whether all was well, and what was printed."""
+        query("TRUNCATE users_revenue, event_producers, event_logs")
+        self.processor(self.path("known", with_id("p", 2)))
+        path = self.path("log", "".join(with_id("p", n) for n in (1, 2, 3)))
+        mark_lines = data_processor.mark_lines
+        changed = []
+
+        def change_it(*arguments):
+            if not changed:
+                change(path)
+                changed.append(path)
+            return mark_lines(*arguments)
+
+        patch = unittest.mock.patch.object(data_processor, "mark_lines", change_it)
+        with captured() as printed, patch:
+            well = data_processor.run([str(path)])
+            self.assertEqual(changed, [path])
+            return path, well, printed()
+
+    def assertNothingCounts(self, change):
+        """Check that nothing counts of a log that is changed between its tallies."""
+        path, well, printed = self.changed_between_its_tallies(change)
+        self.assertFalse(well)
+        self.assertEqual(
+            printed, f"{path}: was changed while it was read; it is read again later.\n"
+        )
+        self.assertRevenue({"user1": 1})
+        self.assertEqual(query("SELECT applied::text FROM event_producers"), [("{[2,3)}",)])
+
+    def edit(self, line):
+        """Return what puts a line in the place of the third one, which has the same length."""
+        self.assertEqual(len(line), len(with_id("p", 3)))
+        return lambda path: path.write_text(with_id("p", 1) + with_id("p", 2) + line)
+
+    def test_an_edit_of_equal_length_between_the_tallies_of_a_slice_is_noticed(self):
+        edits = {
+            "an event id": with_id("p", 9),
+            "a known event id": with_id("p", 2),
+            "a producer": with_id("q", 3),
+            "a line that is no event": "x" * (len(with_id("p", 3)) - 1) + "\n",
+            "a blank line": " " * (len(with_id("p", 3)) - 1) + "\n",
+        }
+        for edit, line in edits.items():
+            with self.subTest(edit):
+                self.assertNothingCounts(self.edit(line))
+
+    def test_an_amount_that_is_edited_between_the_tallies_counts_as_it_was_read_last(self):
+        for user, value in (("user1", 9), ("user9", 1)):
+            with self.subTest(user=user, value=value):
+                line = with_id("p", 3, user, value)
+                _, well, printed = self.changed_between_its_tallies(self.edit(line))
+                self.assertTrue(well, printed)
+                expected = collections.Counter(user1=2)
+                expected[user] += value
+                self.assertRevenue(expected)
+
+    def test_a_log_that_is_cut_between_its_tallies_is_not_counted(self):
         for length in (0, len(with_id("p", 1))):
-            path = self.path("log", with_id("p", 1) + with_id("p", 2) + with_id("p", 3))
-            with self.subTest(length), opened_reader(path) as log:
-                tally = data_processor.Tally(log, 0, log.end, False, 10**6)
-                os.truncate(path, length)
-                self.assertRaisesRegex(
-                    OSError, "was changed while it was read", tally.sums, b"\1\0\1"
-                )
-                self.assertIsNone(
-                    log.digest(log.end), "the position behind the end could seem unchanged"
-                )
+            with self.subTest(length):
+                self.assertNothingCounts(lambda path: os.truncate(path, length))
+
+    def test_the_position_behind_the_end_of_a_log_has_no_digest(self):
+        path = self.path("log", with_id("p", 1) + with_id("p", 2))
+        with opened_reader(path) as log:
+            os.truncate(path, len(with_id("p", 1)))
+            self.assertIsNone(log.digest(log.end), "it could seem unchanged")
 
     def test_no_child_outlives_its_chunk(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
 
-        class Slow(data_processor.Tally):
-            def __init__(self, log, start, *arguments):
-                if start == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(20)
+        def slow(reader, part, marks=None):
+            if part.start == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(20)
 
-        with (
-            captured(),
-            small_slices(2),
-            opened_processor(log) as processor,
-            unittest.mock.patch.multiple(data_processor, Tally=Slow, ATTEMPTS=1),
-        ):
-            before = set(children_of(os.getpid()))
-            self.assertRaises(data_processor.ChildDied, processor.run)
-            self.assertLessEqual(set(children_of(os.getpid())), before)
+        before = set(children_of(os.getpid()))
+        with small_slices(2, tally_slice=slow, ATTEMPTS=1):
+            self.assertRaises(data_processor.ChildDied, apply, log)
+        self.assertLessEqual(set(children_of(os.getpid())), before)
