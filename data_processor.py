@@ -1673,7 +1673,7 @@ class Applier:
         words = error.strerror
         if error.filename not in (None, path):
             words = f"{error.filename}: {words}"
-        if error.errno == errno.ENOENT:
+        elif error.errno == errno.ENOENT:
             words += "; start server.py in its directory, or name another log"
         self.troubles.begin(path, f"{words}.")
 
@@ -2099,6 +2099,15 @@ def exit_on(number, status):
     signal.signal(number, lambda *_: os._exit(status))
 
 
+def open_standard_descriptors():
+    """Open the descriptors 0, 1 and 2 that are closed, so that no log gets their numbers: what is
+    written to them would meet the log, and children replace them."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
     parser = argparse.ArgumentParser(
@@ -2133,6 +2142,7 @@ def parse_command_line(arguments):
 def main(arguments=None):
     """Run the command line and return its exit status."""
     options = parse_command_line(arguments)
+    open_standard_descriptors()
     exit_on(signal.SIGINT, 130)
     exit_on(signal.SIGTERM, 143)
     try:

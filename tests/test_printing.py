@@ -20,16 +20,6 @@ class Printing(SystemTest):
     """What goes wrong in a user's world is one sentence, and printing it decides nothing."""
 
     def test_what_is_no_regular_file_is_refused(self):
-        log = self.path("log", with_id("p", 1))
-        os.mkfifo(self.path("log.5"))
-        output, errors = self.processor(log, status=1)
-        self.assertEqual(
-            (output, errors),
-            (
-                f"{log}: 1 applied, 0 repeated, 0 rejected\n",
-                f"{log}.5: is not a regular file; name one that is.\n",
-            ),
-        )
         for path in ("/dev/stdin", "/dev/null", self.directory):
             with self.subTest(path):
                 self.assertIn(f"{path}: is not a regular file", self.processor(path, status=1)[1])
@@ -40,6 +30,7 @@ class Printing(SystemTest):
             ">&-",
             "2>&-",
             ">&- 2>&-",
+            "<&- >&- 2>&-",
             ">/dev/full",
             "2>/dev/full",
             "| true",
@@ -94,10 +85,8 @@ class Printing(SystemTest):
                 self.assertEqual(errors.count("\n"), 1)
 
     def test_the_reasons_of_all_addresses_are_told(self):
-        first, second = (
-            f'connection to server at "localhost" ({address}), port 5432 failed: '
-            for address in ("::1", "127.0.0.1")
-        )
+        first = 'connection to server at "localhost" (::1), port 5432 failed: '
+        second = 'connection to server at "localhost" (127.0.0.1), port 5432 failed: '
         error = psycopg2.OperationalError(
             f"{first}Connection refused\n\tIs the server running on that host?\n"
             f"{second}FATAL:  password authentication failed\n"
@@ -114,7 +103,7 @@ class Printing(SystemTest):
         )
         self.assertRegex(
             errors,
-            "^Stopped at a database error: .*check constraint.*"
+            "^.*log: PostgreSQL refused it: .*check constraint.*"
             "Failing row contains \\(user7, 1\\).\n$",
         )
         self.assertRevenue({})
@@ -166,6 +155,19 @@ class Printing(SystemTest):
                 data_processor.connect(connect_timeout=10)
                 options = connect.call_args[1]
                 self.assertEqual({name: options.get(name) for name in expected}, expected)
+
+    def test_help_is_there_although_docstrings_are_not(self):
+        for options in ([], ["-O"], ["-OO"]):
+            with self.subTest(options):
+                run = subprocess.run(
+                    [sys.executable, *options, HERE / "data_processor.py", "--help"],
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                )
+                self.assertEqual((run.returncode, run.stderr), (0, ""))
+                self.assertIn("Example: python data_processor.py server-events.jsonl", run.stdout)
+                self.assertIn("--from-start", run.stdout)
 
     def test_on_windows_the_scripts_say_what_they_need(self):
         for script in ("server", "client", "data_processor"):
