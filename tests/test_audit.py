@@ -6,12 +6,9 @@ import time
 import unittest
 import unittest.mock
 
-import psycopg2
-import psycopg2.extensions
-
 import data_processor
 from tests.tools import SystemTest
-from tests.tools_database import drop_tables, query, setUpModule
+from tests.tools_database import database_url, drop_tables, query, setUpModule
 from tests.tools_events import EVENT, with_id, with_user
 from tests.tools_parts import captured
 
@@ -52,16 +49,21 @@ class Audit(SystemTest):
         self.processor(*logs)
         find_end = data_processor.LogReader.find_end
 
-        def find_end_slowly(log):
+        def find_end_slowly(log, seconds):
             time.sleep(0.5)
-            find_end(log)
+            return find_end(log, seconds)
 
-        with (
-            captured(),
-            unittest.mock.patch.object(data_processor, "IDLE_SECONDS", 0.2),
-            unittest.mock.patch.object(data_processor.LogReader, "find_end", find_end_slowly),
-        ):
-            self.assertTrue(data_processor.verify(logs))
+        slowly = unittest.mock.patch.object(data_processor.LogReader, "find_end", find_end_slowly)
+        impatient = {"PGOPTIONS": "-c idle_in_transaction_session_timeout=200ms"}
+        for case, environment in {"our own limit": {}, "the role's limit": impatient}.items():
+            with (
+                self.subTest(case),
+                captured() as printed,
+                unittest.mock.patch.object(data_processor, "IDLE_SECONDS", 0.2),
+                unittest.mock.patch.dict(os.environ, environment),
+                slowly,
+            ):
+                self.assertTrue(data_processor.verify(logs), printed())
 
     def test_verify_compares_user_ids_of_another_collation(self):
         log = self.path("log", with_id("p", 1) + with_id("p", 2, "user2"))
@@ -90,8 +92,7 @@ class Audit(SystemTest):
         log = self.path("log", with_id("p", 1))
         self.processor(log)
         query("UPDATE users_revenue SET revenue = 5")
-        parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
-        dsn = psycopg2.extensions.make_dsn(**(parts | {"options": "-c search_path=public,pg_temp"}))
+        dsn = database_url(options="-c search_path=public,pg_temp")
         output, _ = self.processor("--verify", log, status=1, DATABASE_URL=dsn)
         self.assertIn("user1: 5 in users_revenue, 1 in the logs, difference 4", output)
 
@@ -119,18 +120,17 @@ class Audit(SystemTest):
             WHERE relpersistence = 't'"""
         shared = data_processor.connect()
         pooled = unittest.mock.Mock(wraps=shared, closed=0, spec=shared)
-        pooled.__enter__, pooled.__exit__ = (lambda _: shared.__enter__()), (
-            lambda _, *error: shared.__exit__(*error)
-        )
         pooled.close = shared.rollback  # what a pooler does at the end of a transaction
+        connect = unittest.mock.patch.object(data_processor, "connect", lambda **_: pooled)
+        log = str(self.path("log"))
         with contextlib.closing(shared), shared.cursor() as sql, captured():
-            for run in (lambda paths: data_processor.Processor(paths).run(), data_processor.verify):
+            for run in (data_processor.run, data_processor.verify):
                 for statement in (settings, tables):
                     sql.execute(statement)
                     before = sql.fetchall()
                     shared.rollback()
-                    with unittest.mock.patch.object(data_processor, "connect", lambda **_: pooled):
-                        run([str(self.path("log"))])
+                    with connect:
+                        run([log])
                     sql.execute(statement)
                     self.assertEqual(sql.fetchall(), before, run)
                     shared.rollback()

@@ -4,8 +4,6 @@ import fcntl
 import gzip
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import unittest
@@ -14,7 +12,7 @@ import unittest.mock
 import psycopg2
 
 import data_processor
-from tests.tools import Server, SystemTest, patched, wait_until
+from tests.tools import Server, SystemTest, wait_until
 from tests.tools_database import (
     empty_tables,
     locked_users,
@@ -24,7 +22,7 @@ from tests.tools_database import (
     waiting,
 )
 from tests.tools_events import EVENT, with_id
-from tests.tools_parts import captured, opened_processor, poll
+from tests.tools_parts import captured, opened_follower, poll, run_patched
 
 
 class Following(SystemTest):
@@ -45,10 +43,8 @@ class Following(SystemTest):
         """Check that a follower ends quietly when it is told to."""
         follower.terminate()
         self.assertEqual(follower.wait(10), 0)
-        began, ended = (
-            "server-events.jsonl: No such file.*\n",
-            "server-events.jsonl: is read again.\n",
-        )
+        began = "server-events.jsonl: No such file.*\n"
+        ended = "server-events.jsonl: is read again.\n"
         self.assertRegex(follower.stderr.read(), rf"\A({began}({ended})?)*\Z")
 
     def test_follow_reads_through_rotations(self):
@@ -112,25 +108,20 @@ class Following(SystemTest):
 
     def test_a_directory_that_cannot_be_listed_is_no_directory_without_rotated_logs(self):
         log = self.path("server-events.jsonl", with_id("p", 1))
-        for run, arguments in (("apply", []), ("verify", ["--verify"])):
-            with self.subTest(run):
-                script, environment = patched(
-                    "data_processor",
-                    (
-                        "import errno, os\n"
-                        "def broken(path): raise OSError(errno.EACCES, 'Permission denied', path)\n"
-                        "os.listdir = broken"
-                    ),
-                )
-                run = subprocess.run(
-                    [sys.executable, *script, *arguments, log],
-                    env=os.environ | environment,
-                    capture_output=True,
-                    text=True,
-                )
-                self.assertEqual(
-                    (run.returncode, run.stderr), (1, f"{self.directory}: Permission denied.\n")
-                )
+        broken = (
+            "import errno, os\n"
+            "listdir = os.listdir\n"
+            "def broken(path):\n"
+            "    if path == '/dev/fd': return listdir(path)\n"
+            "    raise OSError(errno.EACCES, 'Permission denied', path)\n"
+            "os.listdir = broken"
+        )
+        for mode in ([], ["--verify"]):
+            with self.subTest(mode):
+                run = self.run_patched("data_processor", broken, *mode, log)
+                self.assertEqual(run.returncode, 1)
+                self.assertEqual(run.stderr, f"{self.directory}: Permission denied.\n")
+        self.assertRevenue({"user1": 1})
 
     def test_other_files_beside_a_log_are_no_logs(self):
         self.path("server-events.jsonl", with_id("p", 1))
@@ -168,15 +159,7 @@ class Following(SystemTest):
         for number in range(90):
             self.path(f"log.{number}", with_id(f"p{number}", 1))
         limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
-        arguments, environment = patched("data_processor", limit)
-        follower = subprocess.Popen(
-            [sys.executable, *arguments, "--follow", "log"],
-            cwd=self.directory,
-            text=True,
-            env=os.environ | environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        follower = run_patched(limit, "--follow", "log", cwd=self.directory)
         try:
             self.path("log", with_id("p", 1))
             wait_until(
@@ -195,7 +178,8 @@ class Following(SystemTest):
 
     def test_an_outage_is_said_when_it_begins_and_when_it_ends(self):
         log = self.path("log", with_id("p", 1))
-        connect, broken = data_processor.connect, [True] * 3
+        connect = data_processor.connect
+        broken = [True] * 3
 
         def connect_later(**options):
             if broken:
@@ -205,13 +189,13 @@ class Following(SystemTest):
 
         with (
             captured() as printed,
-            opened_processor(log, follow=True) as processor,
+            opened_follower(log) as follower,
             unittest.mock.patch.multiple(data_processor, connect=connect_later),
             unittest.mock.patch.object(
                 data_processor.time, "sleep", side_effect=3 * [None] + [SystemExit]
             ),
         ):
-            self.assertRaises(SystemExit, processor.run)
+            self.assertRaises(SystemExit, follower.follow)
             lines = printed().splitlines()
         self.assertRegex(
             lines[0],
@@ -220,12 +204,17 @@ class Following(SystemTest):
         )
         self.assertEqual(
             lines[1:],
-            [f"{log}: 1 applied, 0 repeated, 0 rejected", "Events are not applied: this is over."],
+            [
+                f"{log}: 1 applied, 0 repeated, 0 rejected",
+                "Events are not applied: they are applied again.",
+            ],
         )
 
     def test_an_outage_of_any_length_is_tried_again_at_least_every_30_seconds(self):
-        log, pauses = self.path("log", with_id("p", 1)), []
-        apply_chunk, broken = data_processor.apply_chunk, [True] * 40
+        log = self.path("log", with_id("p", 1))
+        pauses = []
+        apply_chunk = data_processor.apply_chunk
+        broken = [True] * 40
 
         def apply_later(*arguments):
             if broken:
@@ -240,32 +229,32 @@ class Following(SystemTest):
 
         with (
             captured(),
-            opened_processor(log, follow=True) as processor,
+            opened_follower(log) as follower,
             unittest.mock.patch.object(data_processor, "apply_chunk", apply_later),
             unittest.mock.patch.object(data_processor.time, "sleep", pause),
         ):
-            self.assertRaises(SystemExit, processor.run)
+            self.assertRaises(SystemExit, follower.follow)
         self.assertLessEqual(max(pauses), data_processor.MAX_BACKOFF_SECONDS)
         self.assertRevenue({"user1": 1})
 
     def test_follow_reads_nothing_of_a_log_that_has_not_grown(self):
         with (
             captured(),
-            opened_processor(self.path("log", with_id("p", 1)), follow=True) as processor,
+            opened_follower(self.path("log", with_id("p", 1))) as follower,
         ):
-            poll(processor)
+            poll(follower)
             with unittest.mock.patch.object(data_processor, "apply_chunk") as apply_chunk:
-                poll(processor)
+                poll(follower)
         apply_chunk.assert_not_called()
 
     def test_a_compressed_log_that_is_not_whole_yet_is_read_later(self):
         whole = gzip.compress("".join(with_id("p", n) for n in range(1, 101)).encode())
         log = self.path("log.gz", whole[:50])
-        with captured() as printed, opened_processor(log, follow=True) as processor:
+        with captured() as printed, opened_follower(log) as follower:
             for content, applied in ((whole[:50], []), (whole, [(100,)])):
                 log.write_bytes(content)
                 for _ in range(2):
-                    poll(processor)
+                    poll(follower)
                     self.assertEqual(query("SELECT revenue FROM users_revenue"), applied)
             self.assertRegex(
                 printed(),
@@ -274,12 +263,12 @@ class Following(SystemTest):
 
     def test_a_log_that_was_renamed_is_closed(self):
         log = self.path("log", with_id("p", 1))
-        with captured(), opened_processor(log, follow=True) as processor:
-            poll(processor)
-            renamed = processor.held[str(log)]
+        with captured(), opened_follower(log) as follower:
+            poll(follower)
+            renamed = follower.held[str(log)]
             log.rename(self.path("renamed"))
             self.path("log", with_id("p", 2))
-            poll(processor)
+            poll(follower)
         self.assertTrue(renamed.file.closed)
         self.assertRevenue({"user1": 2})
 
@@ -299,14 +288,14 @@ class Following(SystemTest):
         path = self.path("log", with_id("p", 1))
         with (
             captured(),
-            opened_processor(path, follow=True) as processor,
+            opened_follower(path) as follower,
             open(path, "ab", buffering=0) as writer,
         ):
-            poll(processor)
+            poll(follower)
             fcntl.flock(writer, fcntl.LOCK_EX)
             path.rename(self.path("archive/old"))
             self.path("log", with_id("q", 1))
-            run = threading.Thread(target=poll, args=[processor])
+            run = threading.Thread(target=poll, args=[follower])
             run.start()
             time.sleep(0.3)  # it waits for the lock
             writer.write(with_id("p", 2).encode())

@@ -13,8 +13,7 @@ from tests.random_lines import random_line
 from tests.tools import Server, SystemTest, patched
 from tests.tools_database import empty_tables, query, setUpModule
 from tests.tools_events import EVENT, TORTURE_SEED, with_id
-from tests.tools_parts import captured, normal, opened_processor
-
+from tests.tools_parts import captured, normal, read_lines
 
 class Events(SystemTest):
     """The server and the processor agree on what an event is."""
@@ -28,10 +27,8 @@ class Events(SystemTest):
         ]
 
     def test_the_server_agrees_with_the_processor_on_every_event(self):
-        server, revenue = (
-            Server(self),
-            "SELECT user_id, revenue FROM users_revenue ORDER BY user_id",
-        )
+        server = Server(self)
+        revenue = "SELECT user_id, revenue FROM users_revenue ORDER BY user_id"
         for events, status in ((VALID_EVENTS, 200), (INVALID_EVENTS | RESERVED, 400)):
             for case, event in events.items():
                 with self.subTest(case):
@@ -49,8 +46,10 @@ class Events(SystemTest):
         self.assertEqual(query(revenue), expected)
 
     def test_the_lines_of_a_batch_are_judged_one_by_one(self):
-        server, (mixed, wrong) = Server(self), self.mixed()
-        accepted, rejected = 0, []
+        server = Server(self)
+        mixed, wrong = self.mixed()
+        accepted = 0
+        rejected = []
         for first in range(0, len(mixed), 8):
             _, answer = server.post(b"\n".join(mixed[first : first + 8]), "application/x-ndjson")
             accepted += answer["accepted"]
@@ -78,13 +77,9 @@ class Events(SystemTest):
             (invalid, "0 applied, 0 repeated, 1 rejected"),
         ):
             for case, event_id in cases.items():
-                with (
-                    self.subTest(case),
-                    opened_processor(self.path("single", line(*event_id))) as processor,
-                    captured() as printed,
-                ):
+                with self.subTest(case), captured() as printed:
                     empty_tables()
-                    processor.run()
+                    data_processor.run([str(self.path("single", line(*event_id)))])
                     self.assertIn(counts, printed())
         empty_tables()
         lines = [line(*event_id) for cases in (invalid, valid) for event_id in cases.values()]
@@ -142,36 +137,39 @@ class Events(SystemTest):
         self.assertIn("5 applied, 1 repeated, 0 rejected", self.processor(mixed)[0])
 
     def test_the_grammar_accepts_what_the_rules_accept_with_the_same_values(self):
-        chance, plain, odd = random.Random(TORTURE_SEED), 0, 0
+        chance = random.Random(TORTURE_SEED)
+        plain = 0
+        odd = 0
         for _ in range(30_000):
             line = random_line(chance)
             with self.subTest(line=line, seed=TORTURE_SEED):
                 try:
-                    expected = normal(data_processor.decode_log_line(line))
+                    expected = [normal(data_processor.decode_log_line(line))]
                 except ValueError:
-                    expected = None
-                _, rows = data_processor.read_rows(line + b"\n", 0, False, [])
-                self.assertEqual(list(map(normal, rows)), [expected] if expected else [])
+                    expected = []
+                    odd += 1
+                self.assertEqual([normal(row) for row in read_lines(line + b"\n").rows], expected)
                 if server_module.is_plain(line + b"\n"):
                     plain += 1
                     server_module.check_event(line)
-                odd += expected is None
         self.assertGreater(min(plain, odd), 3000)
 
     def test_no_line_is_read_otherwise_for_its_neighbours(self):
         chance = random.Random(TORTURE_SEED)
         for _ in range(2000):
-            lines = [random_line(chance) for _ in range(chance.randrange(1, 8))]
-            alone, bad_alone, bad_together, at = [], [], [], 0
+            lines = [random_line(chance) + b"\n" for _ in range(chance.randrange(1, 8))]
+            alone = []
+            rejected = []
+            start = 0
             for number, line in enumerate(lines):
-                _, rows = data_processor.read_rows(line + b"\n", at, False, bad_alone)
-                alone += [(number, normal(row)) for row in rows]
-                at += len(line) + 1
-            numbers, rows = data_processor.read_rows(
-                b"\n".join(lines) + b"\n", 0, False, bad_together
-            )
-            together = list(zip(numbers, map(normal, rows)))
-            self.assertEqual((together, bad_together), (alone, bad_alone), TORTURE_SEED)
+                found = read_lines(line, start)
+                alone += [(number, normal(row)) for row in found.rows]
+                rejected += found.rejected
+                start += len(line)
+            together = read_lines(b"".join(lines))
+            rows = [normal(row) for row in together.rows]
+            self.assertEqual(list(zip(together.numbers, rows)), alone, TORTURE_SEED)
+            self.assertEqual(together.rejected, rejected, TORTURE_SEED)
 
     def test_the_encodings_of_windows_tools_are_called_by_their_names(self):
         text = EVENT.decode()
@@ -196,6 +194,7 @@ class Events(SystemTest):
             text=True,
         )
         self.assertIn("0 applied, 0 repeated, 500,000 rejected", run.stdout, run.stderr[-1000:])
+        self.assertEqual(run.stderr.count("\n"), data_processor.NAMED_LINES + 1)
 
     def test_a_line_that_begins_with_many_blanks_is_too_long(self):
         log = self.path("log", EVENT + b"\n" + b" " * 300_000 + EVENT + b"\n" + EVENT + b"\n")

@@ -16,7 +16,7 @@ import data_processor
 from tests.tools import SystemTest
 from tests.tools_database import empty_tables, setUpModule
 from tests.tools_events import EVENT, oracle, with_id, write_events
-from tests.tools_parts import append, apply, captured, opened_log, opened_processor, poll
+from tests.tools_parts import append, apply, captured, opened_follower, opened_log, poll
 
 
 class TornLog(NamedTuple):
@@ -130,14 +130,64 @@ class Logs(SystemTest):
                 self.assertIn("agree on 1 users", self.processor("--verify", log)[0])
                 log.write_bytes(log.read_bytes()[:-20])
                 self.assertIn(f"{log}: cannot be decompressed", self.processor(log, status=1)[1])
-        log, named = self.path("other", with_id("q", 1)), self.path(
-            "other.1.gz", gzip.compress(content)
-        )
+        log = self.path("other", with_id("q", 1))
+        named = self.path("other.1.gz", gzip.compress(content))
         self.assertEqual(self.processor(log, named)[1], "", "it is not said to be left alone")
-        for name, words in (("log.lz4", ": '.lz4'"), ("plain.gz", ": Not a gzipped file")):
-            with self.subTest(name):
-                output, errors = self.processor(self.path(name, EVENT + b"\n"), status=1)
-                self.assertIn("cannot be decompressed" + words, errors)
+        _, errors = self.processor(self.path("plain.gz", EVENT + b"\n"), status=1)
+        self.assertIn("plain.gz: cannot be decompressed: Not a gzipped file", errors)
+
+    COMPRESSED = "gz bz2 xz zst lz4 lzo lzma br z zip 7z GZ ZIP Z".split()
+
+    def test_a_compressed_log_beside_a_named_one_is_left_alone(self):
+        log = self.path("log", with_id("p", 1))
+        for ending in self.COMPRESSED:
+            self.path(f"log.1.{ending}", with_id(ending, 1))
+        _, errors = self.processor(log)
+        said = "is compressed and was not read; name it to read it."
+        for ending in self.COMPRESSED:
+            self.assertIn(f"{log}.1.{ending}: {said}\n", errors)
+        self.assertEqual(errors.count("\n"), len(self.COMPRESSED))
+        self.assertRevenue({"user1": 1})
+
+    def test_a_log_that_cannot_be_decompressed_says_what_to_do(self):
+        for ending in ("zst", "lz4", "lzo", "lzma", "br", "Z", "zip", "ZIP", "7z"):
+            with self.subTest(ending):
+                log = self.path(f"log.{ending}", with_id("p", 1))
+                _, errors = self.processor(log, status=1)
+                words = (
+                    f"{log}: cannot be read: decompress it first "
+                    f"(.{ending.lower()} is not among .gz, .bz2, .xz).\n"
+                )
+                self.assertEqual(errors, words)
+                self.assertRevenue({})
+
+    def test_a_log_is_decompressed_whatever_the_case_of_its_ending(self):
+        self.processor(self.path("log.GZ", gzip.compress(with_id("p", 1).encode())))
+        self.assertRevenue({"user1": 1})
+
+    def test_no_room_for_a_temporary_file_is_not_blamed_on_the_log(self):
+        log = self.path("log.gz", gzip.compress(with_id("p", 1).encode()))
+        places = {
+            "a directory that is missing": (
+                "import tempfile\ntempfile.tempdir = '/nowhere'",
+                "/nowhere: No such file or directory",
+            ),
+            "a full disk": (
+                "import errno, tempfile\n"
+                "tempfile.tempdir = '/full'\n"
+                "open_file = tempfile.TemporaryFile\n"
+                "def open_full(**options): return open('/dev/full', 'wb', **options)\n"
+                "tempfile.TemporaryFile = open_full",
+                "/full: No space left on device",
+            ),
+        }
+        for place, (patch, words) in places.items():
+            with self.subTest(place):
+                run = self.run_patched("data_processor", patch, log)
+                advice = "no room for a temporary file (TMPDIR names another directory)"
+                self.assertEqual(run.stderr, f"{log}: {words}: {advice}.\n")
+                self.assertEqual(run.returncode, 1)
+        self.assertRevenue({})
 
     def test_a_compressed_log_is_decompressed_once(self):
         log = self.path("log.gz", gzip.compress(with_id("p", 1).encode()))
@@ -145,9 +195,9 @@ class Logs(SystemTest):
         with unittest.mock.patch.object(data_processor, "decompress", decompress):
             apply(log)
             self.assertEqual(decompress.call_count, 1)
-            with captured(), opened_processor(log, follow=True) as processor:
-                poll(processor)
-                poll(processor)
+            with captured(), opened_follower(log) as follower:
+                poll(follower)
+                poll(follower)
             self.assertEqual(decompress.call_count, 2)
         self.assertRevenue({"user1": 1})
 

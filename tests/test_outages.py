@@ -7,8 +7,9 @@ import psycopg2
 import psycopg2.extensions
 
 from tests.tools import SystemTest, free_port, wait_until
-from tests.tools_database import locked_users, setUpModule, waiting
+from tests.tools_database import locked_users, query, setUpModule, waiting
 from tests.tools_events import EVENT, with_id
+from tests.tools_parts import run_patched
 
 
 class Outages(SystemTest):
@@ -50,6 +51,19 @@ class Outages(SystemTest):
                     self.assertEqual(errors.count("\n"), 1)
         _, errors = self.processor(log, status=1, DATABASE_URL="foo")
         self.assertEqual(errors.count("\n"), 1)
+
+    def test_the_reason_why_a_backend_ended_in_mid_statement_is_told(self):
+        log = self.path("log", with_id("p", 1))
+        with locked_users():
+            run = run_patched("data_processor.ATTEMPTS = 1", log)
+            (backend,) = wait_until(waiting, "the processor waits")
+            query("SELECT pg_terminate_backend(%s)", [backend])
+            _, errors = run.communicate(timeout=30)
+        self.assertEqual(run.returncode, 1)
+        self.assertIn("terminating connection due to administrator command", errors)
+        self.assertNotIn("already closed", errors)
+        self.assertEqual(errors.count("\n"), 1)
+        self.assertRevenue({})
 
     def test_without_a_database_the_processor_says_to_start_one(self):
         self.path("server-events.jsonl", with_id("p", 1))

@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import types
 from decimal import Decimal
 
 import data_processor
@@ -86,46 +85,44 @@ class Properties(SystemTest):
                 self.processor(*logs)
                 self.assertRevenue(totals)
 
-    def random_slices(self, chance):
-        """Return the reports of a chunk's slices, with spans of two producers and of events without
+    def random_tallies(self, chance):
+        """Return the tallies of a chunk, with spans of two producers and of events without
         an id."""
-        reports = []
+        tallies = []
         for number in range(chance.randrange(1, 4)):
-            spans, line = [], 0
+            spans = []
+            line = 0
             for _ in range(chance.randrange(6)):
                 line += chance.randrange(2)
-                producer, first, count = (
-                    chance.choice(["p", "q", ""]),
-                    chance.randrange(30),
-                    chance.randrange(1, 9),
-                )
+                producer = chance.choice(["p", "q", ""])
+                first = chance.randrange(30)
+                count = chance.randrange(1, 9)
                 if not producer:
                     first = 1000 * number + line
-                spans.append((producer, first, first + count, line))
+                spans.append(data_processor.Span(producer, first, first + count, line))
                 line += count
-            reports.append(data_processor.Report(0, 0, line, 0, spans, []))
-        return reports
+            tallies.append(data_processor.Tally(None, 0, line, 0, 0, spans, [], b"{}"))
+        return tallies
 
     def test_new_ids_are_found_as_sets_would_find_them(self):
         for seed in range(TORTURE_SEED, TORTURE_SEED + 300):
             chance = random.Random(seed)
             known = {(producer, n) for producer in "pq" for n in range(30) if chance.random() < 0.3}
-            reports = self.random_slices(chance)
-            ids = [[None] * report.lines for report in reports]  # of each slice, that of each line
-            for report, row in zip(reports, ids):
-                for producer, first, end, line in report.spans:
-                    row[line : line + end - first] = [(producer, n) for n in range(first, end)]
-            everything = [key for row in ids for key in row if key]
-            fresh = {key for key in everything if key[0]} - known
-            new = [(producer, n, n + 1) for producer, n in fresh]
-            chosen = data_processor.select_new(
-                [types.SimpleNamespace(report=report) for report in reports], new
-            )
-            chosen = [
-                key for row, marks in zip(ids, chosen) for key, mark in zip(row, marks) if mark
-            ]
+            tallies = self.random_tallies(chance)
+            ids = []  # of each line of each tally
+            for tally in tallies:
+                row = [None] * tally.lines
+                for span in tally.spans:
+                    for number in range(span.end - span.first):
+                        row[span.line + number] = (span.producer, span.first + number)
+                ids.append(row)
+            everything = [event_id for row in ids for event_id in row if event_id]
+            fresh = {event_id for event_id in everything if event_id[0]} - known
+            new = [data_processor.NewIds(producer, n, n + 1) for producer, n in fresh]
+            chosen = []
+            for row, marks in zip(ids, data_processor.mark_lines(tallies, new)):
+                chosen += [event_id for event_id, mark in zip(row, marks) if mark]
             with self.subTest(seed=seed):
                 self.assertEqual(sorted(key for key in chosen if key[0]), sorted(fresh))
-                self.assertEqual(
-                    sum(not key[0] for key in chosen), sum(not key[0] for key in everything)
-                )
+                plain = [key for key in everything if not key[0]]
+                self.assertEqual([key for key in chosen if not key[0]], plain)

@@ -6,14 +6,24 @@ import re
 import secrets
 import subprocess
 import sys
+import unittest.mock
 from decimal import Decimal
 
-import psycopg2
-import psycopg2.extensions
-
-from tests.tools import Server, SystemTest, wait_until
-from tests.tools_database import HERE, SCRATCH, administer, drop_tables, query, setUpModule, waiting
+import data_processor
+from tests.tools import CREATE_TABLE, Server, SystemTest, wait_until
+from tests.tools_database import (
+    HERE,
+    SCRATCH,
+    administer,
+    connect,
+    database_url,
+    drop_tables,
+    query,
+    setUpModule,
+    waiting,
+)
 from tests.tools_events import EVENT, with_id
+from tests.tools_parts import apply
 
 
 class Tables(SystemTest):
@@ -22,20 +32,9 @@ class Tables(SystemTest):
     def test_create_table_sql_can_run_twice_in_psql(self):
         drop_tables()
         for _ in range(2):
-            subprocess.run(
-                [
-                    "psql",
-                    "-v",
-                    "ON_ERROR_STOP=1",
-                    "-q",
-                    "-d",
-                    os.environ["DATABASE_URL"],
-                    "-f",
-                    HERE / "create_table.sql",
-                ],
-                check=True,
-                capture_output=True,
-            )
+            command = ["psql", "-v", "ON_ERROR_STOP=1", "-q", "-f", HERE / "create_table.sql"]
+            command.append(os.environ["DATABASE_URL"])
+            subprocess.run(command, check=True, capture_output=True)
         self.assertRevenue({})
 
     def test_a_database_that_is_not_in_utf8_is_refused(self):
@@ -43,10 +42,21 @@ class Tables(SystemTest):
             f"CREATE DATABASE {SCRATCH}_ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
         )
         self.addCleanup(administer, f"DROP DATABASE {SCRATCH}_ascii")
-        parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
-        dsn = psycopg2.extensions.make_dsn(**(parts | {"dbname": f"{SCRATCH}_ascii"}))
+        dsn = database_url(dbname=f"{SCRATCH}_ascii")
         _, errors = self.processor(self.path("log", EVENT + b"\n"), status=1, DATABASE_URL=dsn)
         self.assertIn("is encoded in SQL_ASCII; create one with", errors)
+
+    def test_an_older_postgresql_is_refused(self):
+        before, required, _ = CREATE_TABLE.partition("140000")
+        self.assertTrue(required)
+        self.assertNotIn("multirange", before, "an older PostgreSQL would stop there")
+        newer = self.path("newer.sql", CREATE_TABLE.replace("140000", "9990000"))
+        ((version,),) = query("SHOW server_version")
+        words = f"PostgreSQL 14 or newer is needed; this is {version}"
+        with unittest.mock.patch.object(data_processor, "TABLES", str(newer)):
+            with self.assertRaises(data_processor.Failure) as raised:
+                apply(self.path("log", EVENT + b"\n"))
+        self.assertEqual(str(raised.exception), words)
 
     def test_a_table_of_another_shape_is_refused(self):
         query("ALTER TABLE users_revenue RENAME COLUMN user_id TO someone")
@@ -68,10 +78,9 @@ class Tables(SystemTest):
     def test_of_two_processors_that_create_the_tables_the_second_waits(self):
         drop_tables()
         log = self.path("log", EVENT + b"\n")
-        first = psycopg2.connect(os.environ["DATABASE_URL"])
-        with contextlib.closing(first), first.cursor() as sql:
+        with contextlib.closing(connect()) as first, first.cursor() as sql:
             sql.execute("SELECT pg_advisory_xact_lock(hashtext('create_table.sql'))")
-            sql.execute((HERE / "create_table.sql").read_text())
+            sql.execute(CREATE_TABLE)
             second = self.start("data_processor.py", log)
             wait_until(waiting, "the second waits")
             first.commit()
@@ -88,10 +97,10 @@ class Tables(SystemTest):
                 self.assertIn(f"; mend it with: {statement}", errors)
 
     def test_the_rows_of_an_older_table_are_added_to(self):
-        query("DROP TABLE users_revenue")
+        drop_tables()
         query(
             "CREATE TABLE users_revenue "
-            "(id serial, user_id varchar(255) PRIMARY KEY, revenue numeric)"
+            "(id bigserial, user_id varchar(255) PRIMARY KEY, revenue numeric)"
         )
         query("INSERT INTO users_revenue (user_id, revenue) VALUES ('user1', 0.5), ('user2', NULL)")
         self.processor(
@@ -127,8 +136,10 @@ class Tables(SystemTest):
         self.addCleanup(query, "DROP COLLATION caseless CASCADE")
         for what, columns in tables.items():
             with self.subTest(what):
-                query(f"DROP TABLE users_revenue; CREATE TABLE users_revenue ({columns})")
-                producer, users = secrets.token_hex(4), ["x" * 255, "X" * 255]
+                drop_tables()
+                query(f"CREATE TABLE users_revenue ({columns})")
+                producer = secrets.token_hex(4)
+                users = ["x" * 255, "X" * 255]
                 lines = [with_id(producer, number, user) for number, user in enumerate(users, 1)]
                 log = self.path(f"log-{producer}", "".join(lines))
                 for _ in range(4):
@@ -152,13 +163,12 @@ class Tables(SystemTest):
         self.assertRevenue({"user1": 1})
 
     def test_tables_are_created_where_users_revenue_is(self):
-        parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
         query(
             "DROP TABLE event_producers, event_logs; "
             "DROP SCHEMA IF EXISTS own CASCADE; CREATE SCHEMA own"
         )
         self.addCleanup(query, "DROP SCHEMA own CASCADE")
-        dsn = psycopg2.extensions.make_dsn(**(parts | {"options": "-c search_path=own,public"}))
+        dsn = database_url(options="-c search_path=own,public")
         self.processor(self.path("log", with_id("p", 1)), DATABASE_URL=dsn)
         self.assertRevenue({"user1": 1})
         self.assertEqual(
@@ -169,11 +179,10 @@ class Tables(SystemTest):
         )
 
     def test_tables_in_different_schemas_are_refused(self):
-        parts = psycopg2.extensions.parse_dsn(os.environ["DATABASE_URL"])
         query("DROP SCHEMA IF EXISTS own CASCADE; CREATE SCHEMA own")
         query("CREATE TABLE own.users_revenue (user_id text PRIMARY KEY, revenue numeric)")
         self.addCleanup(query, "DROP SCHEMA own CASCADE")
-        dsn = psycopg2.extensions.make_dsn(**(parts | {"options": "-c search_path=own,public"}))
+        dsn = database_url(options="-c search_path=own,public")
         _, errors = self.processor(self.path("log", with_id("p", 1)), status=1, DATABASE_URL=dsn)
         self.assertIn("are in different schemas; set search_path", errors)
 
