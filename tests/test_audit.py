@@ -88,6 +88,20 @@ class Audit(SystemTest):
         )
         self.assertIn("3 users differ", output)
 
+    def test_no_room_for_the_list_of_users_is_said(self):
+        query("INSERT INTO users_revenue VALUES ('older', 5)")
+        full = (
+            "import tempfile\n"
+            "tempfile.tempdir = '/full'\n"
+            "def open_full(**options): return open('/dev/full', 'wb', **options)\n"
+            "tempfile.TemporaryFile = open_full"
+        )
+        log = self.path("log", with_id("p", 1))
+        run = self.run_patched("data_processor", full, "--verify", log)
+        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        words = "/full: No space left on device: no room for a temporary file"
+        self.assertEqual(run.stderr, f"{words} (TMPDIR names another directory).\n")
+
     def test_verify_hides_the_tables_wherever_the_search_path_has_temporary_ones(self):
         log = self.path("log", with_id("p", 1))
         self.processor(log)

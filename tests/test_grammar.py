@@ -12,8 +12,9 @@ from tests.event_tables import INVALID_EVENTS, RESERVED, VALID_EVENTS
 from tests.random_lines import random_line
 from tests.tools import Server, SystemTest, patched
 from tests.tools_database import empty_tables, query, setUpModule
-from tests.tools_events import EVENT, TORTURE_SEED, with_id
+from tests.tools_events import EVENT, TORTURE_SEED, with_id, with_value
 from tests.tools_parts import captured, normal, read_lines
+
 
 class Events(SystemTest):
     """The server and the processor agree on what an event is."""
@@ -182,6 +183,12 @@ class Events(SystemTest):
         for case, (encoding, words) in cases.items():
             with self.subTest(case), self.assertRaisesRegex(ValueError, re.escape(words)):
                 server_module.check_event(text.encode(encoding))
+
+    def test_a_value_that_is_too_wide_says_how_it_must_be_written(self):
+        words = "below 10^18, written with at most 18 digits before the point"
+        for value in ("0e999", "0e18", "1e18", "-1" + "0" * 18):
+            with self.subTest(value), self.assertRaisesRegex(ValueError, re.escape(words)):
+                server_module.check_event(with_value(value))
 
     def test_bad_lines_cost_their_messages_alone(self):
         log = self.path("log", b"x\n" * 500_000)
