@@ -95,18 +95,19 @@ class AtOnce(SystemTest):
         first = self.path("first", with_id("p", 1) + with_id("p", 2))
         second = self.path("second", with_id("p", 3) + with_id("p", 2))
         self.processor(self.path("known", with_id("p", 9)))
-        mark_lines = data_processor.mark_lines
+        make = data_processor.NewIds._make
         other = []
 
-        def decide(*arguments):  # between the reading of the producers and the writing
-            other.append(self.start("data_processor.py", second))
-            wait_until(lambda: other[0].poll() is not None or waiting(), "the other waits")
-            return mark_lines(*arguments)
+        def wait_for_other(row):  # between the reading of the producers and the writing
+            if not other:
+                other.append(self.start("data_processor.py", second))
+                wait_until(lambda: other[0].poll() is not None or waiting(), "the other waits")
+            return make(row)
 
         with (
             contextlib.closing(connect()) as connection,
             connection,
-            unittest.mock.patch.object(data_processor, "mark_lines", decide),
+            unittest.mock.patch.object(data_processor.NewIds, "_make", wait_for_other),
         ):
             apply_uncommitted(first, connection)
         self.assertEqual(other[0].wait(20), 0)

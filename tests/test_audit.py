@@ -24,7 +24,9 @@ class Audit(SystemTest):
             self.path("one", dimes + EVENT.decode() + "\n"),
             self.path(
                 "two",
-                with_id("p", 4, "user1", "0.10") + with_id("p", 5, "user9", -7) + "nonsense\n",
+                with_id("p", 4, "user1", "0.10")
+                + with_id("p", 5, "user9", -7)
+                + "nonsense\n",
             ),
         ]
 
@@ -33,19 +35,22 @@ class Audit(SystemTest):
         self.assertEqual(query("SELECT * FROM event_logs"), [])
 
     def test_verify_finds_that_applied_logs_agree(self):
-        tables = (
-            "SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7"
-        )
+        tables = "SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7"
         logs = self.logs()
         self.processor(*logs, status=1)
         before = query(tables)
-        copy = self.path("copy", logs[0].read_bytes() + EVENT.replace(b"1}", b"0}") + b"\n")
+        copy = self.path(
+            "copy", logs[0].read_bytes() + EVENT.replace(b"1}", b"0}") + b"\n"
+        )
         output, _ = self.processor("--verify", *logs, copy)
         self.assertEqual(output, "users_revenue and the logs agree on 4 users.\n")
         self.assertEqual(query(tables), before)
 
     def test_verify_takes_its_time_between_two_statements(self):
-        logs = [str(self.path("log.1", with_id("p", 1))), str(self.path("log", with_id("p", 2)))]
+        logs = [
+            str(self.path("log.1", with_id("p", 1))),
+            str(self.path("log", with_id("p", 2))),
+        ]
         self.processor(*logs)
         find_end = data_processor.LogReader.find_end
 
@@ -53,9 +58,14 @@ class Audit(SystemTest):
             time.sleep(0.5)
             return find_end(log, seconds)
 
-        slowly = unittest.mock.patch.object(data_processor.LogReader, "find_end", find_end_slowly)
+        slowly = unittest.mock.patch.object(
+            data_processor.LogReader, "find_end", find_end_slowly
+        )
         impatient = {"PGOPTIONS": "-c idle_in_transaction_session_timeout=200ms"}
-        for case, environment in {"our own limit": {}, "the role's limit": impatient}.items():
+        for case, environment in {
+            "our own limit": {},
+            "the role's limit": impatient,
+        }.items():
             with (
                 self.subTest(case),
                 captured() as printed,
@@ -67,14 +77,18 @@ class Audit(SystemTest):
 
     def test_verify_compares_user_ids_of_another_collation(self):
         log = self.path("log", with_id("p", 1) + with_id("p", 2, "user2"))
-        query('ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text COLLATE "en-x-icu"')
+        query(
+            'ALTER TABLE users_revenue ALTER COLUMN user_id TYPE text COLLATE "en-x-icu"'
+        )
         self.processor(log)
         self.assertIn("agree on 2 users", self.processor("--verify", log)[0])
 
     def test_verify_prints_each_user_whose_revenue_differs(self):
         logs = self.logs()
         self.processor(*logs, status=1)
-        query("UPDATE users_revenue SET revenue = revenue + 1e30 + 0.01 WHERE user_id = 'user2'")
+        query(
+            "UPDATE users_revenue SET revenue = revenue + 1e30 + 0.01 WHERE user_id = 'user2'"
+        )
         query("DELETE FROM users_revenue WHERE user_id = 'user9'")
         query("INSERT INTO users_revenue VALUES ('older', 5)")
         output, _ = self.processor("--verify", *logs, status=1)
@@ -135,7 +149,9 @@ class Audit(SystemTest):
         shared = data_processor.connect()
         pooled = unittest.mock.Mock(wraps=shared, closed=0, spec=shared)
         pooled.close = shared.rollback  # what a pooler does at the end of a transaction
-        connect = unittest.mock.patch.object(data_processor, "connect", lambda **_: pooled)
+        connect = unittest.mock.patch.object(
+            data_processor, "connect", lambda **_: pooled
+        )
         log = str(self.path("log"))
         with contextlib.closing(shared), shared.cursor() as sql, captured():
             for run in (data_processor.run, data_processor.verify):
@@ -152,7 +168,8 @@ class Audit(SystemTest):
 
     def test_a_user_id_cannot_forge_a_verdict(self):
         log = self.path(
-            "log", with_user('"a\\r\\u001b[2Kusers_revenue agrees\\n\\u202e\\u009b1m"') + b"\n"
+            "log",
+            with_user('"a\\r\\u001b[2Kusers_revenue agrees\\n\\u202e\\u009b1m"') + b"\n",
         )
         self.processor(self.path("empty", b""))
         output, _ = self.processor("--verify", log, status=1)

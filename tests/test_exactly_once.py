@@ -56,7 +56,8 @@ class ExactlyOnce(SystemTest):
         self.processor(log)
         rewritten = content.partition("\n")[2].replace("user1", "User1")
         log.write_text(with_id("p", 1) + rewritten + with_id("p", 2001))
-        self.processor(log)
+        output, _ = self.processor(log)
+        self.assertIn("1 applied, 2,000 repeated", output)
         self.assertRevenue({"user1": 2001})
         self.assertEqual(query("SELECT position FROM event_logs"), [(log.stat().st_size,)])
 

@@ -24,7 +24,9 @@ class Events(SystemTest):
         mixed = [*VALID_EVENTS.values(), *INVALID_EVENTS.values()]
         random.Random(1).shuffle(mixed)
         return mixed, [
-            number for number, event in enumerate(mixed) if event in INVALID_EVENTS.values()
+            number
+            for number, event in enumerate(mixed)
+            if event in INVALID_EVENTS.values()
         ]
 
     def test_the_server_agrees_with_the_processor_on_every_event(self):
@@ -34,15 +36,25 @@ class Events(SystemTest):
             for case, event in events.items():
                 with self.subTest(case):
                     self.assertEqual(server.post(event)[0], status)
-        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, 0 rejected", self.processor()[0])
+        self.assertIn(
+            f"{len(VALID_EVENTS)} applied, 0 repeated, 0 rejected", self.processor()[0]
+        )
         expected = query(revenue)
         empty_tables()
         mixed, wrong = self.mixed()
-        output, errors = self.processor(self.path("plain", b"\n".join(mixed) + b"\n"), status=1)
-        self.assertIn(f"{len(VALID_EVENTS)} applied, 0 repeated, {len(wrong)} rejected", output)
+        output, errors = self.processor(
+            self.path("plain", b"\n".join(mixed) + b"\n"), status=1
+        )
+        self.assertIn(
+            f"{len(VALID_EVENTS)} applied, 0 repeated, {len(wrong)} rejected", output
+        )
         starts = [sum(len(event) + 1 for event in mixed[:number]) for number in wrong]
         self.assertEqual(
-            [int(line.split(": ")[1].removeprefix("byte ")) for line in errors.splitlines()], starts
+            [
+                int(line.split(": ")[1].removeprefix("byte "))
+                for line in errors.splitlines()
+            ],
+            starts,
         )
         self.assertEqual(query(revenue), expected)
 
@@ -52,7 +64,9 @@ class Events(SystemTest):
         accepted = 0
         rejected = []
         for first in range(0, len(mixed), 8):
-            _, answer = server.post(b"\n".join(mixed[first : first + 8]), "application/x-ndjson")
+            _, answer = server.post(
+                b"\n".join(mixed[first : first + 8]), "application/x-ndjson"
+            )
             accepted += answer["accepted"]
             rejected += [first + entry["line"] - 1 for entry in answer["rejected"]]
         self.assertEqual((accepted, rejected), (len(VALID_EVENTS), wrong))
@@ -83,9 +97,13 @@ class Events(SystemTest):
                     data_processor.run([str(self.path("single", line(*event_id)))])
                     self.assertIn(counts, printed())
         empty_tables()
-        lines = [line(*event_id) for cases in (invalid, valid) for event_id in cases.values()]
+        lines = [
+            line(*event_id) for cases in (invalid, valid) for event_id in cases.values()
+        ]
         output, _ = self.processor(self.path("log", b"".join(lines)), status=1)
-        self.assertIn(f"{len(valid)} applied, 0 repeated, {len(invalid)} rejected", output)
+        self.assertIn(
+            f"{len(valid)} applied, 0 repeated, {len(invalid)} rejected", output
+        )
 
     def test_an_event_id_in_a_log_must_be_valid(self):
         self.assertIdsInLog(
@@ -124,7 +142,9 @@ class Events(SystemTest):
         self.assertIn("2 applied, 0 repeated, 2 rejected", output)
 
     def test_producers_that_alternate_have_spans_of_their_own(self):
-        self.processor(self.path("alternating", "".join(map(with_id, "rssr", (1, 2, 3, 4)))))
+        self.processor(
+            self.path("alternating", "".join(map(with_id, "rssr", (1, 2, 3, 4))))
+        )
         self.assertEqual(
             query("SELECT applied::text FROM event_producers ORDER BY producer_id"),
             [("{[1,2),[4,5)}",), ("{[2,4)}",)],
@@ -149,7 +169,9 @@ class Events(SystemTest):
                 except ValueError:
                     expected = []
                     odd += 1
-                self.assertEqual([normal(row) for row in read_lines(line + b"\n").rows], expected)
+                self.assertEqual(
+                    [normal(row) for row in read_lines(line + b"\n").rows], expected
+                )
                 if server_module.is_plain(line + b"\n"):
                     plain += 1
                     server_module.check_event(line)
@@ -187,12 +209,16 @@ class Events(SystemTest):
     def test_a_value_that_is_too_wide_says_how_it_must_be_written(self):
         words = "below 10^18, written with at most 18 digits before the point"
         for value in ("0e999", "0e18", "1e18", "-1" + "0" * 18):
-            with self.subTest(value), self.assertRaisesRegex(ValueError, re.escape(words)):
+            with self.subTest(value), self.assertRaisesRegex(
+                ValueError, re.escape(words)
+            ):
                 server_module.check_event(with_value(value))
 
     def test_bad_lines_cost_their_messages_alone(self):
         log = self.path("log", b"x\n" * 500_000)
-        limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({2**29}, {2**29}))"
+        limit = (
+            f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({2**29}, {2**29}))"
+        )
         arguments, environment = patched("data_processor", limit)
         run = subprocess.run(
             [sys.executable, *arguments, log],
@@ -200,11 +226,17 @@ class Events(SystemTest):
             capture_output=True,
             text=True,
         )
-        self.assertIn("0 applied, 0 repeated, 500,000 rejected", run.stdout, run.stderr[-1000:])
+        self.assertIn(
+            "0 applied, 0 repeated, 500,000 rejected", run.stdout, run.stderr[-1000:]
+        )
         self.assertEqual(run.stderr.count("\n"), data_processor.NAMED_LINES + 1)
 
     def test_a_line_that_begins_with_many_blanks_is_too_long(self):
-        log = self.path("log", EVENT + b"\n" + b" " * 300_000 + EVENT + b"\n" + EVENT + b"\n")
+        log = self.path(
+            "log", EVENT + b"\n" + b" " * 300_000 + EVENT + b"\n" + EVENT + b"\n"
+        )
         output, errors = self.processor(log, status=1)
         self.assertIn("2 applied, 0 repeated, 1 rejected", output)
-        self.assertIn(f"byte {len(EVENT) + 1}: an event must be at most 64 KiB long", errors)
+        self.assertIn(
+            f"byte {len(EVENT) + 1}: an event must be at most 64 KiB long", errors
+        )

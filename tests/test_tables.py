@@ -32,7 +32,14 @@ class Tables(SystemTest):
     def test_create_table_sql_can_run_twice_in_psql(self):
         drop_tables()
         for _ in range(2):
-            command = ["psql", "-v", "ON_ERROR_STOP=1", "-q", "-f", HERE / "create_table.sql"]
+            command = [
+                "psql",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-q",
+                "-f",
+                HERE / "create_table.sql",
+            ]
             command.append(os.environ["DATABASE_URL"])
             subprocess.run(command, check=True, capture_output=True)
         self.assertRevenue({})
@@ -43,7 +50,9 @@ class Tables(SystemTest):
         )
         self.addCleanup(administer, f"DROP DATABASE {SCRATCH}_ascii")
         dsn = database_url(dbname=f"{SCRATCH}_ascii")
-        _, errors = self.processor(self.path("log", EVENT + b"\n"), status=1, DATABASE_URL=dsn)
+        _, errors = self.processor(
+            self.path("log", EVENT + b"\n"), status=1, DATABASE_URL=dsn
+        )
         self.assertIn("is encoded in SQL_ASCII; create one with", errors)
 
     def test_an_older_postgresql_is_refused(self):
@@ -61,7 +70,9 @@ class Tables(SystemTest):
     def test_a_table_of_another_shape_is_refused(self):
         query("ALTER TABLE users_revenue RENAME COLUMN user_id TO someone")
         _, errors = self.processor(self.path("log", EVENT + b"\n"), status=1)
-        self.assertIn("; mend it with: ALTER TABLE users_revenue ADD COLUMN user_id", errors)
+        self.assertIn(
+            "; mend it with: ALTER TABLE users_revenue ADD COLUMN user_id", errors
+        )
 
     def test_before_the_tables_exist_every_user_is_unknown(self):
         drop_tables()
@@ -93,7 +104,9 @@ class Tables(SystemTest):
             with self.subTest(kind):
                 query(f"ALTER TABLE users_revenue ALTER COLUMN revenue TYPE {kind}")
                 _, errors = self.processor(log, status=1)
-                statement = "ALTER TABLE users_revenue ALTER COLUMN revenue TYPE numeric USING"
+                statement = (
+                    "ALTER TABLE users_revenue ALTER COLUMN revenue TYPE numeric USING"
+                )
                 self.assertIn(f"; mend it with: {statement}", errors)
 
     def test_the_rows_of_an_older_table_are_added_to(self):
@@ -102,7 +115,9 @@ class Tables(SystemTest):
             "CREATE TABLE users_revenue "
             "(id bigserial, user_id varchar(255) PRIMARY KEY, revenue numeric)"
         )
-        query("INSERT INTO users_revenue (user_id, revenue) VALUES ('user1', 0.5), ('user2', NULL)")
+        query(
+            "INSERT INTO users_revenue (user_id, revenue) VALUES ('user1', 0.5), ('user2', NULL)"
+        )
         self.processor(
             self.path("log", EVENT + b"\n"), self.path("other", with_id("p", 1, "user2"))
         )
@@ -140,7 +155,10 @@ class Tables(SystemTest):
                 query(f"CREATE TABLE users_revenue ({columns})")
                 producer = secrets.token_hex(4)
                 users = ["x" * 255, "X" * 255]
-                lines = [with_id(producer, number, user) for number, user in enumerate(users, 1)]
+                lines = [
+                    with_id(producer, number, user)
+                    for number, user in enumerate(users, 1)
+                ]
                 log = self.path(f"log-{producer}", "".join(lines))
                 for _ in range(4):
                     run = self.start("data_processor.py", log)
@@ -156,9 +174,13 @@ class Tables(SystemTest):
                 self.assertRevenue(dict.fromkeys(users, 1))
 
     def test_a_deferrable_foreign_key_is_no_unique_key(self):
-        query("CREATE TABLE others (id text PRIMARY KEY); INSERT INTO others VALUES ('user1')")
+        query(
+            "CREATE TABLE others (id text PRIMARY KEY); INSERT INTO others VALUES ('user1')"
+        )
         self.addCleanup(query, "DROP TABLE others CASCADE")
-        query("ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES others DEFERRABLE")
+        query(
+            "ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES others DEFERRABLE"
+        )
         self.processor(self.path("log", with_id("p", 1)))
         self.assertRevenue({"user1": 1})
 
@@ -180,10 +202,14 @@ class Tables(SystemTest):
 
     def test_tables_in_different_schemas_are_refused(self):
         query("DROP SCHEMA IF EXISTS own CASCADE; CREATE SCHEMA own")
-        query("CREATE TABLE own.users_revenue (user_id text PRIMARY KEY, revenue numeric)")
+        query(
+            "CREATE TABLE own.users_revenue (user_id text PRIMARY KEY, revenue numeric)"
+        )
         self.addCleanup(query, "DROP SCHEMA own CASCADE")
         dsn = database_url(options="-c search_path=own,public")
-        _, errors = self.processor(self.path("log", with_id("p", 1)), status=1, DATABASE_URL=dsn)
+        _, errors = self.processor(
+            self.path("log", with_id("p", 1)), status=1, DATABASE_URL=dsn
+        )
         self.assertIn("are in different schemas; set search_path", errors)
 
     def test_a_script_that_is_called_by_a_link_finds_its_schema(self):
