@@ -35,7 +35,10 @@ class Audit(SystemTest):
         self.assertEqual(query("SELECT * FROM event_logs"), [])
 
     def test_verify_finds_that_applied_logs_agree(self):
-        tables = "SELECT * FROM event_logs, event_producers, users_revenue ORDER BY 1, 2, 3, 4, 5, 6, 7"
+        tables = (
+            "SELECT * FROM event_logs, event_producers, users_revenue "
+            "ORDER BY 1, 2, 3, 4, 5, 6, 7"
+        )
         logs = self.logs()
         self.processor(*logs, status=1)
         before = query(tables)
