@@ -28,6 +28,7 @@ test_delivery         A file is delivered once, whatever is killed in between.
 test_continued        A delivery that was interrupted anywhere goes on where it was.
 test_lines            Each of its lines is delivered or rejected, and a rejected one is kept.
 test_requests         The client tries again until an answer is certain.
+test_networks         The client believes no foreign answer, and is patient with slow networks.
 test_client_words     What the client prints is a sentence, and printing it decides nothing.
 test_logs             Each line of a log is applied or rejected, whatever stands beside it.
 test_tables           The tables fit, or the processor says what mends them.

@@ -1,12 +1,18 @@
 """What the client prints."""
 
+import contextlib
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
+import termios
+import unittest
+from unittest import mock
 
-from tests.tools import TEXT, Server
+import client as client_module
+from tests.tools import TEXT, Server, free_port
 from tests.tools_client import ClientTest
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in
@@ -63,6 +69,112 @@ class ClientWords(ClientTest):
                 stderr=full,
             )
             self.assertEqual(run.returncode, status)
+
+    def test_a_stderr_that_takes_nothing_is_not_waited_for(self):
+        receiver, full = os.pipe()
+        terminal_side, terminal = os.openpty()
+        for descriptor in (receiver, full, terminal_side, terminal):
+            self.addCleanup(os.close, descriptor)
+        os.set_blocking(full, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(full, b"x" * 4096)
+        os.set_blocking(full, True)
+        termios.tcflow(terminal, termios.TCOOFF)  # as Ctrl-S does
+        wire, peer = socket.socketpair()
+        self.addCleanup(wire.close)
+        self.addCleanup(peer.close)
+        wire.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                wire.send(b"x" * 4096)
+        wire.setblocking(True)
+        server = Server(self)
+        streams = {"a full pipe": full, "a stopped terminal": terminal, "a socket": wire.fileno()}
+        for case, stream in streams.items():
+            with self.subTest(case):
+                self.path("events.jsonl", EVENT + b"\n" + b"bad\n" * 2000)
+                status, output, _ = self.run_client("--url", server.url, stderr=stream)
+                self.assertIn("1 events accepted, 2,000 rejected", output)
+                self.assertEqual((status, self.state.exists()), (1, False))
+                self.assertTrue(os.get_blocking(stream))
+
+    def test_how_many_lines_were_dropped_is_said(self):
+        receiver, sender = os.pipe()
+        self.addCleanup(os.close, receiver)
+        with open(sender, "w") as stream, mock.patch.object(sys, "stderr", stream):
+            lines = 0
+            while not client_module.STDERR.dropped:
+                lines += 1
+                client_module.warn("x" * 1000)
+            for _ in range(2):
+                client_module.warn("dropped, too")
+            printed = os.read(receiver, 10**6)
+            client_module.warn("at last")
+            self.assertEqual(client_module.STDERR.dropped, 0)
+        self.assertEqual(printed.count(b"x" * 1000 + b"\n"), lines - 1)
+        said = b"(3 lines could not be printed here.)\nat last\n"
+        self.assertTrue(os.read(receiver, 10**6).endswith(said))
+
+    def test_a_receipt_is_waited_for(self):
+        receiver, full = os.pipe()
+        self.addCleanup(os.close, receiver)
+        os.set_blocking(full, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(full, b"x" * 4096)
+        server = Server(self)
+        self.path("events.jsonl", EVENT)
+        command = [sys.executable, HERE / "client.py", "--url", server.url]
+        with subprocess.Popen(
+            command, cwd=self.directory, stdout=full, stderr=subprocess.PIPE, **TEXT
+        ) as client:
+            self.addCleanup(client.kill)
+            os.close(full)
+            self.assertIn("The receipt waits for stdout", client.stderr.readline())
+            self.assertTrue(self.state.read_bytes())
+            printed = b""
+            while not printed.endswith(b" s\n"):
+                printed += os.read(receiver, 100_000)
+            self.assertEqual(client.wait(20), 0)
+        self.assertIn(b"x1 events accepted, 0 rejected", printed)
+        self.assertFalse(self.state.exists())
+
+    def test_progress_fits_the_terminal(self):
+        terminal_side, terminal = os.openpty()
+        self.addCleanup(os.close, terminal_side)
+        termios.tcsetwinsize(terminal, (24, 20))
+        with open(terminal, "w") as stream, mock.patch.object(sys, "stderr", stream):
+            client_module.STDERR.progress("1234567890" * 10)
+            self.assertEqual(os.read(terminal_side, 1000), b"\r\033[K1234567890123456789")
+
+    def test_a_name_with_an_at_sign_is_shown_whole(self):
+        name = "in/2026-11-28T10:15@till7.jsonl"
+        _, errors = self.client(name, status=1)
+        self.assertIn(f"{name}: No such file or directory", errors)
+
+    def test_help_is_there_without_docstrings(self):
+        command = [sys.executable, "-OO", HERE / "client.py", "--help"]
+        run = subprocess.run(command, capture_output=True, **TEXT)
+        self.assertIn("python client.py events.jsonl --url", run.stdout)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+
+    def test_what_is_opened_is_closed(self):
+        server = Server(self)
+        self.path("events.jsonl", EVENT + b"\nbad\n")
+        code = "import gc, client; status = client.main(); gc.collect(); raise SystemExit(status)"
+        command = [sys.executable, "-X", "dev", "-W", "always", "-c", code]
+        for url in (server.url, f"http://localhost:{free_port()}/"):
+            with self.subTest(url):
+                run = subprocess.run(
+                    [*command, "--url", url, "--give-up-after", "0"],
+                    cwd=self.directory,
+                    env=os.environ | {"PYTHONPATH": str(HERE)},
+                    capture_output=True,
+                    **TEXT,
+                )
+                self.assertEqual(run.returncode, 1)
+                self.assertNotIn("Warning", run.stderr)
 
     def test_no_text_from_elsewhere_is_obeyed_by_a_terminal(self):
         events = self.path("журнал\udcff\033[2J.jsonl", EVENT)
