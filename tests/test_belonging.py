@@ -1,4 +1,5 @@
 """The three tables belong together, and still have the shape that was checked."""
+
 import os
 import subprocess
 
@@ -20,7 +21,9 @@ class Belonging(SystemTest):
 
     def setUp(self):
         super().setUp()
-        self.log = self.path("log", "".join(with_id("p", number) for number in range(1, 301)))
+        self.log = self.path(
+            "log", "".join(with_id("p", number) for number in range(1, 301))
+        )
         self.processor(self.log)
         self.assertRevenue({"user1": 300})
         self.more = with_id("p", 301)
@@ -121,25 +124,38 @@ class Belonging(SystemTest):
 
     def test_tables_that_came_back_together_go_on(self):
         dump = subprocess.run(
-            ["pg_dump", "-t", "users_revenue", "-t", "event_*", os.environ["DATABASE_URL"]],
+            [
+                "pg_dump",
+                "-t",
+                "users_revenue",
+                "-t",
+                "event_*",
+                os.environ["DATABASE_URL"],
+            ],
             capture_output=True,
             check=True,
         ).stdout
         query(f"DROP TABLE {ALL_TABLES}")
-        subprocess.run(["psql", "-q", os.environ["DATABASE_URL"]], input=dump, check=True)
+        subprocess.run(
+            ["psql", "-q", os.environ["DATABASE_URL"]], input=dump, check=True
+        )
         self.append_more()
         self.processor(self.log)
         self.assertRevenue({"user1": 301})
 
     def test_tables_that_were_emptied_together_are_begun_anew(self):
-        query(f"TRUNCATE {ALL_TABLES}; INSERT INTO users_revenue VALUES ('user1', 1000)")
+        query(
+            f"TRUNCATE {ALL_TABLES}; INSERT INTO users_revenue VALUES ('user1', 1000)"
+        )
         self.processor(self.log)
         self.assertRevenue({"user1": 1300})
 
     def test_an_emptied_table_is_noticed_by_a_follower(self):
         follower = self.start("data_processor.py", "--follow", self.log)
         self.append_more()
-        wait_until(lambda: query("SELECT revenue FROM users_revenue") == [(301,)], "it follows")
+        wait_until(
+            lambda: query("SELECT revenue FROM users_revenue") == [(301,)], "it follows"
+        )
         query("DELETE FROM users_revenue")
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(with_id("p", 302))
@@ -147,7 +163,12 @@ class Belonging(SystemTest):
         self.assertRevenue({})
 
     def test_a_rewritten_table_is_the_same_table(self):
-        vacuum = ["psql", "-qc", "VACUUM FULL users_revenue", os.environ["DATABASE_URL"]]
+        vacuum = [
+            "psql",
+            "-qc",
+            "VACUUM FULL users_revenue",
+            os.environ["DATABASE_URL"],
+        ]
         subprocess.run(vacuum, check=True)
         self.append_more()
         self.processor(self.log)
@@ -155,7 +176,9 @@ class Belonging(SystemTest):
 
     def test_the_comment_of_a_kept_table_is_kept(self):
         query("COMMENT ON TABLE users_revenue IS 'ours'")
-        query("COMMENT ON TABLE event_producers IS NULL; COMMENT ON TABLE event_logs IS NULL")
+        query(
+            "COMMENT ON TABLE event_producers IS NULL; COMMENT ON TABLE event_logs IS NULL"
+        )
         self.append_more()
         self.processor(self.log)
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
@@ -166,8 +189,14 @@ class Shape(SystemTest):
     """What a table must be, and what becomes of one that is not."""
 
     FAULTS = {
-        "unlogged": ("ALTER TABLE users_revenue SET UNLOGGED", "is emptied when PostgreSQL crashes"),
-        "unlogged producers": ("ALTER TABLE event_producers SET UNLOGGED", "event_producers is empt"),
+        "unlogged": (
+            "ALTER TABLE users_revenue SET UNLOGGED",
+            "is emptied when PostgreSQL crashes",
+        ),
+        "unlogged producers": (
+            "ALTER TABLE event_producers SET UNLOGGED",
+            "event_producers is empt",
+        ),
         "an heir": ("CREATE TABLE heir () INHERITS (users_revenue)", "has heirs"),
         "a rule": (
             "CREATE RULE nothing AS ON INSERT TO users_revenue DO INSTEAD NOTHING",
@@ -188,7 +217,10 @@ class Shape(SystemTest):
             "FOR EACH ROW EXECUTE FUNCTION swallows()",
             "has a trigger that changes revenue",
         ),
-        "serial": ("ALTER TABLE users_revenue ADD id serial", "which has less than 64 bits"),
+        "serial": (
+            "ALTER TABLE users_revenue ADD id serial",
+            "which has less than 64 bits",
+        ),
         "a small identity": (
             "ALTER TABLE users_revenue ADD id int GENERATED ALWAYS AS IDENTITY",
             "which has less than 64 bits",
@@ -199,7 +231,10 @@ class Shape(SystemTest):
             "CREATE UNIQUE INDEX second ON users_revenue (user_id COLLATE nocase)",
             "takes different users for one",
         ),
-        "rounded": ("ALTER TABLE users_revenue ALTER revenue TYPE numeric(12,2)", "numeric(12,2)"),
+        "rounded": (
+            "ALTER TABLE users_revenue ALTER revenue TYPE numeric(12,2)",
+            "numeric(12,2)",
+        ),
         "floating": (
             "ALTER TABLE users_revenue ALTER revenue TYPE double precision",
             "double precision",
@@ -248,17 +283,22 @@ class Shape(SystemTest):
             "FOR EACH ROW EXECUTE FUNCTION notes()"
         )
         self.processor(self.path("log", with_id("p", 1) + with_id("p", 2)))
-        self.assertEqual(query("SELECT user_id, revenue FROM users_revenue"), [("user1", 2)])
+        self.assertEqual(
+            query("SELECT user_id, revenue FROM users_revenue"), [("user1", 2)]
+        )
 
     def test_a_partitioned_table_is_kept(self):
         query(
             f"DROP TABLE {ALL_TABLES};"
             "CREATE TABLE users_revenue (user_id text PRIMARY KEY, revenue numeric NOT NULL) "
             "PARTITION BY HASH (user_id);"
-            "CREATE TABLE part0 PARTITION OF users_revenue FOR VALUES WITH (MODULUS 2, REMAINDER 0);"
+            "CREATE TABLE part0 PARTITION OF users_revenue "
+            "FOR VALUES WITH (MODULUS 2, REMAINDER 0);"
             "CREATE TABLE part1 PARTITION OF users_revenue FOR VALUES WITH (MODULUS 2, REMAINDER 1)"
         )
-        lines = "".join(with_id("p", number, f"user{number}") for number in range(1, 10))
+        lines = "".join(
+            with_id("p", number, f"user{number}") for number in range(1, 10)
+        )
         self.processor(self.path("log", lines))
         self.assertRevenue({f"user{number}": 1 for number in range(1, 10)})
 

@@ -110,7 +110,9 @@ class OneTrouble(SystemTest):
         self.assertRevenue({"user1": 1})
 
     def test_a_chunk_becomes_smaller_after_the_death_of_a_child(self):
-        log = self.path("log", "".join(with_id("p", number) for number in range(1, 20_001)))
+        log = self.path(
+            "log", "".join(with_id("p", number) for number in range(1, 20_001))
+        )
         die = (
             "import os\n"
             "data_processor.CHUNK_BYTES = 1024 * 1024\n"
@@ -161,7 +163,9 @@ class OneTrouble(SystemTest):
         with captured() as output:
             applier.prepare()
             applier.look()
-            log.write_text(plain + plain.replace("1", "2") + plain * 198, encoding="utf-8")
+            log.write_text(
+                plain + plain.replace("1", "2") + plain * 198, encoding="utf-8"
+            )
             applier.look()
             first = output()
             for _ in range(3):
