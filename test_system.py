@@ -8,37 +8,8 @@ The tests make a scratch database and drop it: in the database that the environm
 the default one. When the environment names none and the default one cannot be used, they run again
 inside a throwaway PostgreSQL of Debian's pg_virtualenv.
 
-A promise is tested by the file of this name, here or in tests/:
-
-test_system           The events of a file add up exactly to the revenue that the server answers.
-                      What the README shows is what happens.
-test_exactly_once     Each event counts once, whatever is killed, retried or run again.
-test_at_once          Each event counts once when processors run at once.
-test_chunks           Several cores count what one would count, in bounded memory.
-test_durability       An acknowledged event survives a fault at any step and a power cut.
-test_durability_disk  It survives a disk that is full, slow or broken.
-test_grammar          Server and processor agree on what an event is.
-test_random           All that holds for random events, batches, orders, logs and processors.
-test_framing          A request is accepted or refused as the HTTP standard says.
-test_answers          Each request has the answer that its sender needs.
-test_limits           No peer does harm, and none is waited for without end.
-test_access           The server is open to those alone whom it is meant for.
-test_processes        The server's processes are replaced when they die, and stop in time.
-test_delivery         A file is delivered once, whatever is killed in between.
-test_continued        A delivery that was interrupted anywhere goes on where it was.
-test_lines            Each of its lines is delivered or rejected, and a rejected one is kept.
-test_requests         The client tries again until an answer is certain.
-test_networks         The client believes no foreign answer, and is patient with slow networks.
-test_client_words     What the client prints is a sentence, and printing it decides nothing.
-test_logs             Each line of a log is applied or rejected, whatever stands beside it.
-test_tables           The tables fit, or the processor says what mends them.
-test_outages          An outage of the database stops no event.
-test_following        Rotated logs are found, and --follow reads on through rotations and outages.
-test_audit            --verify finds each user whose revenue is not the sum of the logs.
-test_printing         What the processor prints is a sentence, and printing it decides nothing.
-test_machines         The promises hold for several machines with one database.
-test_startup          The tests find a PostgreSQL, or say in a sentence that there is none.
-test_torture          Each event counts once while everything happens at once, at random.
+PROMISES says which file, here or in tests/, tests which promise; NOT_PROMISED does so for what the
+README says that it does not promise.
 """
 
 import json
@@ -49,13 +20,67 @@ import signal
 import subprocess
 import sys
 import unittest
-import unittest.mock
 from pathlib import Path
+from unittest import mock
 
 import data_processor
-from tests.tools import README, Server, SystemTest, blocks, free_port, wait_until
+from tests.tools import README, TEXT, Server, SystemTest, blocks, free_port, wait_until
 from tests.tools_database import HERE, empty_tables, locked_users, query, setUpModule, waiting
 from tests.tools_events import EVENT, ids_in, oracle, write_events
+
+# {file: what it tests}, from the promise itself to the tools
+PROMISES = {
+    "test_system": "The events of a file add up exactly to the revenue that the server answers; "
+    "each counts once under kills; what the README shows is what happens.",
+    "test_exactly_once": "Each event counts once, whatever fails, is retried or run again.",
+    "test_at_once": "Each event counts once when processors run at once.",
+    "test_machines": "Each event counts once with several servers that are killed.",
+    "test_torture": "Each event counts once while everything happens at once, at random.",
+    "test_random": "Sums are exact for random events, batches, orders, logs and processors.",
+    "test_grammar": "Server and processor agree on what an event is.",
+    "test_framing": "A request is accepted or refused as the HTTP standard says.",
+    "test_answers": "Each request has the answer that its sender needs.",
+    "test_limits": "No peer does harm, and none is waited for without end.",
+    "test_access": "The server is open to those alone whom it is meant for.",
+    "test_queries": "A revenue is answered in time, or the sender hears when to ask again.",
+    "test_rounds": "Whoever comes while work is under way shares the next round.",
+    "test_durability": "An acknowledged event survives a fault at any step and a power cut.",
+    "test_durability_disk": "It survives a disk that is full, slow or broken.",
+    "test_processes": "The server's processes are replaced when they die, and stop in time.",
+    "test_networks": "Foreign answers, slow networks and stuck streams harm no delivery.",
+    "test_delivery": "A file is delivered once, whatever is killed in between.",
+    "test_continued": "A delivery that was interrupted anywhere goes on where it was.",
+    "test_lines": "Each line of a file is delivered or rejected, and a rejected one is kept.",
+    "test_requests": "The client tries again until an answer is certain.",
+    "test_client_words": "What the client prints is a sentence, and decides nothing.",
+    "test_logs": "Each line of a log is applied or rejected, whatever stands beside it.",
+    "test_chunks": "Several cores count what one would count, in bounded memory.",
+    "test_following": "Rotated logs are found, and --follow reads on through outages.",
+    "test_waiting": "The processor waits for nobody without a bound and a word.",
+    "test_troubles": "The trouble of one log stops that log alone.",
+    "test_tables": "The tables fit, or the processor says what mends them.",
+    "test_belonging": "Tables that do not belong together are refused.",
+    "test_outages": "An outage of the database is said in a sentence.",
+    "test_audit": "--verify finds each user whose revenue is not the sum of the logs.",
+    "test_printing": "What the processor prints is a sentence, and decides nothing.",
+    "test_benchmarks": "The tables of the benchmarks name what was measured.",
+    "test_startup": "The tests find a PostgreSQL, or say in a sentence that there is none.",
+}
+
+# {the beginning of a point under "What it does not promise": the file that tests where the promise
+# ends, or why none does}
+NOT_PROMISED = {
+    "A sender that gives no event ids": "test_requests",
+    "So can `client.py` if": "nobody else keeps the ids",
+    "An event id that is used again": "test_exactly_once",
+    "Two hard links": "test_delivery",
+    "Keep the logs until": "test_following",
+    "`copytruncate` of logrotate": "test_following",
+    "A log without event ids": "test_logs",
+    "The database keeps one row": "it is a matter of space",
+    "A line that is longer": "test_lines",
+    "The server sends no CORS headers": "test_access",
+}
 
 
 class Pipeline(SystemTest):
@@ -253,20 +278,49 @@ class UnderKills(SystemTest):
                 self.assertRevenue({f"user{sequence}": 1 for sequence in (1, 2, 3, 4)})
 
 
+class Table(unittest.TestCase):
+    """The tables above name every file of tests and every point of the README."""
+
+    def claims_of(self, name):
+        """Return the names of the tests in a file."""
+        path = HERE / "tests" / f"{name}.py"
+        if name == "test_system":
+            path = HERE / "test_system.py"
+        return re.findall(r"^    def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+
+    def test_every_file_of_tests_has_its_promise(self):
+        files = {path.stem for path in HERE.glob("tests/test_*.py")} | {"test_system"}
+        self.assertEqual(files, set(PROMISES))
+        for name, promise in PROMISES.items():
+            with self.subTest(name):
+                self.assertTrue(self.claims_of(name))
+                self.assertTrue(promise.endswith("."))
+
+    def test_what_is_not_promised_has_its_test(self):
+        section = README.partition("## What it does not promise\n")[2].partition("\n## ")[0]
+        points = re.findall(r"^\* (.*)", section, re.M)
+        self.assertGreater(len(points), 5)
+        for point in points:
+            with self.subTest(point):
+                found = [begins for begins in NOT_PROMISED if point.startswith(begins)]
+                self.assertEqual(len(found), 1)
+        for begins, name in NOT_PROMISED.items():
+            with self.subTest(begins):
+                self.assertTrue(any(point.startswith(begins) for point in points))
+                if name.startswith("test_"):
+                    self.assertIn(name, PROMISES)
+
+
 class Readme(SystemTest):
     """What the README shows is what happens."""
+
+    SCRIPTS = ("server.py", "client.py", "data_processor.py")
 
     def setUp(self):
         """Copy the scripts into the directory."""
         super().setUp()
         self.port = free_port()
-        for name in (
-            "server.py",
-            "client.py",
-            "data_processor.py",
-            "create_table.sql",
-            "events.jsonl",
-        ):
+        for name in (*self.SCRIPTS, "create_table.sql", "events.jsonl"):
             shutil.copy(HERE / name, self.directory)
 
     def shell(self, script):
@@ -280,28 +334,31 @@ class Readme(SystemTest):
         run = subprocess.run(
             ["sh", "-c", script],
             cwd=self.directory,
-            capture_output=True,
-            text=True,
-            timeout=60,
             env=os.environ | {"PATH": path},
+            capture_output=True,
+            timeout=60,
+            **TEXT,
         )
         self.assertEqual(run.stderr, "")
         return run.stdout.replace(f":{self.port}", ":8000").replace("\r", "")
 
     def test_the_first_command_prints_what_the_readme_shows(self):
-        command, output = blocks("sh")[0], re.sub(
-            ".* cluster .*\n", "", blocks("")[0]
-        )  # pg_virtualenv's words
+        command = blocks("sh")[0]
+        output = re.sub(".* cluster .*\n", "", blocks("")[0])  # without pg_virtualenv's words
         script = re.search(r"pg_virtualenv -t sh -c '(.*)'\n", command, re.S)[1]
 
         def comparable(text):
-            return re.sub(r"in [\d.]+ s", "in 0.1 s", re.sub(r"\d+ workers", "2 workers", text))
+            text = re.sub(r"\d+ workers", "2 workers", text)
+            return re.sub(r"in [\d.]+ s", "in 0.1 s", text)
 
         self.assertEqual(comparable(self.shell(script)), output)
 
     def test_the_second_command_runs_the_documented_tests(self):
         self.assertEqual(blocks("sh")[1], "bash .ci/run\n")
-        self.assertIn('\n"$environment/bin/python" -m unittest ', (HERE / ".ci/run").read_text())
+        self.assertIn(
+            '\n"$environment/bin/python" -m unittest ',
+            (HERE / ".ci/run").read_text(encoding="utf-8"),
+        )
         self.assertIn("`python -m unittest`", README)
         self.assertNotIn("pg_virtualenv -t python", README)
 
@@ -311,9 +368,8 @@ class Readme(SystemTest):
         )
         place = re.search(r"`psql -h (\S+) -U (\S+) -d (\S+) -f create_table.sql`", README)
         home = {"HOME": str(self.directory)}  # without a .pgpass
-        with unittest.mock.patch.dict(os.environ, home, clear=True), unittest.mock.patch(
-            "psycopg2.connect"
-        ) as connect:
+        alone = mock.patch.dict(os.environ, home, clear=True)
+        with alone, mock.patch("psycopg2.connect") as connect:
             data_processor.connect()
         used = connect.call_args.kwargs
         self.assertEqual([used["host"], used["user"], used["dbname"]], list(place.groups()))
@@ -323,7 +379,7 @@ class Readme(SystemTest):
         places = re.findall(r"^\* `([\w.]+)` in `(\w+)\.py`(?:, with `(\w+)`)?", README, re.M)
         self.assertEqual(len(places), 3)
         for name, module, helper in places:
-            source = (HERE / f"{module}.py").read_text()
+            source = (HERE / f"{module}.py").read_text(encoding="utf-8")
             for definition in [*name.split("."), *filter(None, [helper])]:
                 self.assertRegex(source, rf"(?m)^ *(?:def|class) {definition}\b")
 
@@ -349,8 +405,6 @@ class Readme(SystemTest):
         ids = ids_in(server.log)
         self.assertEqual([sequence for _, sequence in ids], [1, 2])
         self.assertEqual(len({producer for producer, _ in ids}), 1)
-
-    SCRIPTS = ("server.py", "client.py", "data_processor.py")
 
     def test_help_fits_a_screen(self):
         for script in self.SCRIPTS:
