@@ -113,7 +113,8 @@ class Answering(RequestTest):
         self.assertEqual(server.log.read_bytes(), b"")
 
     def test_options_lists_what_is_accepted(self):
-        server, media = Server(self), "application/json, application/x-ndjson"
+        server = Server(self)
+        media = "application/json, application/x-ndjson"
         status, headers, body = server.ask("OPTIONS", "/liveEvent")
         self.assertEqual(
             (status, headers["Allow"], headers["Accept-Post"], body),
@@ -160,7 +161,8 @@ class Answering(RequestTest):
                 self.assertEqual(read_answer(wire)[0], status)
 
     def test_a_body_that_would_be_refused_is_not_asked_for(self):
-        server, expect = Server(self), "Expect: 100-Continue"
+        server = Server(self)
+        expect = "Expect: 100-Continue"
         cases = {
             "another media type": (415, post(expect, "Content-Length: 5", media="text/plain")),
             "too long": (413, post(expect, f"Content-Length: {2**20 + 1}")),

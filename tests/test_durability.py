@@ -151,7 +151,9 @@ class Durability(SystemTest):
         self.assertGreater(at, 5)
 
     def test_whoever_comes_during_a_sync_shares_the_next_one(self):
-        goes_on, syncs, done = threading.Event(), [], []
+        goes_on = threading.Event()
+        syncs = []
+        done = []
         sync = unittest.mock.patch.object(
             server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20)
         )
@@ -203,7 +205,8 @@ class Durability(SystemTest):
         self.assertEqual(done, [None] * 11)
 
     def test_a_lock_that_cannot_be_released_keeps_nobody_from_an_answer(self):
-        flock, done = fcntl.flock, []
+        flock = fcntl.flock
+        done = []
 
         def fail(fd, operation):
             if operation == fcntl.LOCK_UN:
@@ -252,7 +255,8 @@ class Durability(SystemTest):
         self.assertEqual([len(ids_in(path)) for path in (self.path("moved"), server.log)], [1, 1])
 
     def test_a_last_line_is_ended_if_it_is_whole_and_else_cut_off(self):
-        line, new = with_id("p", 1).encode(), with_id("new", 1).encode()
+        line = with_id("p", 1).encode()
+        new = with_id("new", 1).encode()
         kept = {"an event with an id": line[:-1], "an event without one": EVENT}
         cut = {f"{end} bytes": line[:end] for end in range(1, len(line) - 1)} | {
             "NULs": b"\0" * 10,

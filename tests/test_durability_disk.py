@@ -102,7 +102,8 @@ os.fsync = fail
 
         if not disk:
             limit_files(64 * 1024)
-        acknowledged, statuses = set(), collections.Counter()
+        acknowledged = set()
+        statuses = collections.Counter()
         batch = b"".join(EVENT[:-1] + b', "pad": "' + b"x" * 1000 + b'"}\n' for _ in range(10))
         for sequence in range(1, 200, 10):
             status, _ = server.post(

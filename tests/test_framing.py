@@ -77,7 +77,8 @@ class Framing(RequestTest):
         )
 
     def test_a_body_whose_end_is_ambiguous_is_refused_with_400(self):
-        length, coding = f"Content-Length: {len(EVENT)}", "Transfer-Encoding: chunked"
+        length = f"Content-Length: {len(EVENT)}"
+        coding = "Transfer-Encoding: chunked"
         cases = {
             "two equal lengths": [length, length],
             "two different lengths": [length, "Content-Length: 7"],
@@ -151,7 +152,8 @@ class Framing(RequestTest):
         self.assertRefused(400, {rule: post(*fields, body=EVENT) for rule, fields in cases.items()})
 
     def test_a_malformed_chunk_is_refused_with_400(self):
-        coding, rest = post("Transfer-Encoding: chunked"), b"\r\n" + EVENT + b"\r\n0\r\n\r\n"
+        coding = post("Transfer-Encoding: chunked")
+        rest = b"\r\n" + EVENT + b"\r\n0\r\n\r\n"
         sizes = {
             "a minus sign": b"-36",
             "a plus sign": b"+36",

@@ -45,7 +45,8 @@ class Limits(RequestTest):
         self.assertEqual(len(set(ids_in(server.log))), 1000)
 
     def test_no_peer_keeps_its_connection_for_ever(self):
-        health, large = request("GET", "/health"), post(f"Content-Length: {2**30}")
+        health = request("GET", "/health")
+        large = post(f"Content-Length: {2**30}")
         log = unittest.mock.Mock(
             failed=None, append=lambda lines, done: threading.Timer(0.1, done, [None]).start()
         )
@@ -103,7 +104,8 @@ class Limits(RequestTest):
                     raise MemoryError
                 return super().values()
 
-        missing, log = [], unittest.mock.Mock(failed=None)
+        missing = []
+        log = unittest.mock.Mock(failed=None)
         with serving(log, IDLE_SECONDS=1, DRAIN_SECONDS=1) as worker:
             worker.connections = Connections()
             with socket.create_connection(worker.address, timeout=20) as idle:

@@ -157,7 +157,8 @@ sys.stderr = open("/dev/full", "w", 1)
                 thread.join()
 
     def test_a_worker_that_stops_empties_the_backlog_for_a_bounded_time(self):
-        log, begun = unittest.mock.Mock(failed=None), time.monotonic()
+        log = unittest.mock.Mock(failed=None)
+        begun = time.monotonic()
         with unittest.mock.patch.object(
             server_module.Worker, "accept", return_value=True
         ):  # one more is always there
