@@ -8,11 +8,10 @@ import socket
 import subprocess
 import sys
 import termios
-import unittest
 from unittest import mock
 
 import client as client_module
-from tests.tools import TEXT, Server, free_port
+from tests.tools import TEXT, Server, free_port, open_terminal
 from tests.tools_client import ClientTest
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in
@@ -23,7 +22,7 @@ class ClientWords(ClientTest):
     """What goes wrong in a sender's world is one sentence, and printing it decides nothing."""
 
     def test_progress_is_shown_on_a_terminal_alone(self):
-        parent, terminal = os.openpty()
+        parent, terminal = open_terminal()
         self.addCleanup(os.close, parent)
         self.path("events.jsonl", EVENT + b"\n")
         patch = (
@@ -72,7 +71,7 @@ class ClientWords(ClientTest):
 
     def test_a_stderr_that_takes_nothing_is_not_waited_for(self):
         receiver, full = os.pipe()
-        terminal_side, terminal = os.openpty()
+        terminal_side, terminal = open_terminal()
         for descriptor in (receiver, full, terminal_side, terminal):
             self.addCleanup(os.close, descriptor)
         os.set_blocking(full, False)
@@ -141,7 +140,7 @@ class ClientWords(ClientTest):
         self.assertFalse(self.state.exists())
 
     def test_progress_fits_the_terminal(self):
-        terminal_side, terminal = os.openpty()
+        terminal_side, terminal = open_terminal()
         self.addCleanup(os.close, terminal_side)
         termios.tcsetwinsize(terminal, (24, 20))
         with open(terminal, "w") as stream, mock.patch.object(sys, "stderr", stream):
@@ -177,7 +176,8 @@ class ClientWords(ClientTest):
                 self.assertNotIn("Warning", run.stderr)
 
     def test_no_text_from_elsewhere_is_obeyed_by_a_terminal(self):
-        events = self.path("журнал\udcff\033[2J.jsonl", EVENT)
+        name = os.fsdecode("журнал".encode() + b"\xff\033[2J.jsonl")
+        events = self.path(name, EVENT)
         words = json.dumps({"error": "a\033[31mb\r\nc\u0085 \u202e \ud800 é"}).encode()
         with Recorder(
             options=[(404, {}, b"")], post=lambda count, body: (400, {}, words)
@@ -193,6 +193,7 @@ class ClientWords(ClientTest):
                         server.url,
                         "--restart",
                         status=1,
+                        PYTHONUTF8="1",  # whatever the locale of the tests
                         PYTHONIOENCODING=encoding,
                     )
                     self.assertIn(

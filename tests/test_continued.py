@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import unittest
 from unittest import mock
 
 import client as client_module
@@ -16,7 +15,7 @@ from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in
 from tests.tools_faults import FaultyCalls, traced_fsync
 from tests.tools_http import BATCHES, Recorder
-from tests.tools_parts import captured, opened_delivery
+from tests.tools_parts import captured
 
 UNAUTHORIZED = (401, {}, b'{"error": "stop here"}')
 

@@ -15,9 +15,9 @@ import unittest.mock
 import server as server_module
 from tests.tools import Server, wait_until
 from tests.tools_database import setUpModule
-from tests.tools_events import EVENT, ids_in, with_id
+from tests.tools_events import EVENT, ids_in
 from tests.tools_http import chunked, post, read_answer, request, serving
-from tests.tools_parts import opened_log, warnings_of
+from tests.tools_parts import warnings_of
 from tests.tools_requests import RequestTest
 
 

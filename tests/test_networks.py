@@ -5,7 +5,6 @@ import email.utils
 import socket
 import threading
 import time
-import unittest
 from unittest import mock
 
 import client as client_module

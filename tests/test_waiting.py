@@ -11,7 +11,7 @@ import unittest.mock
 import psycopg2
 
 import data_processor
-from tests.tools import SystemTest, alive, children_of, wait_until
+from tests.tools import SystemTest, alive, children_of, open_terminal, wait_until
 from tests.tools_database import query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
 from tests.tools_parts import captured, run_patched
@@ -246,7 +246,7 @@ class Output(SystemTest):
                     if kind == "pipe":
                         reading, writing = os.pipe()
                     else:
-                        reading, writing = os.openpty()
+                        reading, writing = open_terminal()
                     fill(writing)
                     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
                     streams[stream] = writing
@@ -261,7 +261,7 @@ class Output(SystemTest):
                     self.assertRevenue({"user1": 1})
 
     def test_progress_fits_into_a_line_of_the_terminal(self):
-        reading, writing = os.openpty()
+        reading, writing = open_terminal()
         with open(writing, "w", encoding="utf-8") as terminal:
             size = unittest.mock.patch.object(
                 os, "get_terminal_size", lambda fd: os.terminal_size((20, 5))

@@ -70,6 +70,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def open_terminal():
+    """Return the descriptors of both sides of a new terminal, or fail with a sentence."""
+    try:
+        return os.openpty()
+    except OSError as error:
+        raise AssertionError(f"No terminal can be opened here: mount devpts ({error}).") from None
+
+
 def run_in_child(action):
     """Run action in a forked process and return its exit status: a kill there is a kill."""
     pid = os.fork()
