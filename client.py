@@ -1153,12 +1153,11 @@ class Sender:
         result = answer.json_object()
         if answer.status != 200 or result is None:
             raise Retry(f"{answer.words()}, which is no answer to a batch")
-        lines = batch.body.split(b"\n")
-        errors = rejected_lines(result, lines)
+        errors = rejected_lines(result, batch)
         if errors is None or result.get("accepted") != batch.events - len(errors):
             raise Retry(f"{answer.words()}, which does not account for every line")
         self._size.answered_after(time.monotonic() - begun)
-        return {batch.first + index: error for index, error in errors.items()}
+        return errors
 
     def post_event(self, batch):
         """Send a batch of one line once, as post_batch does, to a server of single events."""
@@ -1231,9 +1230,9 @@ def read_payload(response):
     raise Retry(f"status {response.status} with an answer that does not end")
 
 
-def rejected_lines(result, lines):
-    """Return the errors in an answer to a batch by the index of their line, from 0 on, or None if
-    it is no such answer.
+def rejected_lines(result, batch):
+    """Return the errors in an answer to a batch by the number of their line in the file, or None
+    if it is no such answer.
 
     Each rejected line must be one that is there, not blank, and named once.
     """
@@ -1241,16 +1240,20 @@ def rejected_lines(result, lines):
     if not isinstance(rejected, list) or not is_count(result.get("accepted")):
         return None
     errors = {}
+    lines = []
+    if rejected:
+        lines = batch.body.split(b"\n")
     for entry in rejected:
         if not isinstance(entry, dict):
             return None
-        number = entry.get("line")
+        number = entry.get("line")  # in the batch, from 1 on
         error = entry.get("error")
         if not is_count(number) or not 1 <= number <= len(lines) or not isinstance(error, str):
             return None
-        if number - 1 in errors or not lines[number - 1].strip():
+        line = batch.first + number - 1
+        if line in errors or not lines[number - 1].strip():
             return None
-        errors[number - 1] = shortened(error)
+        errors[line] = shortened(error)
     return errors
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 from unittest import mock
 
@@ -48,7 +49,9 @@ class Continued(ClientTest):
         patch = "client.CONCURRENT_REQUESTS = 1"
         with Recorder(options=[BATCHES], post=answer) as server:
             arguments = ("--batch-size", 2, *arguments)
-            ended, output, errors = self.run_client("--url", server.url, *arguments, patch=patch)
+            ended, output, errors = self.run_client(
+                "--url", server.url, *arguments, patch=patch
+            )
             self.assertEqual(ended, status, errors)
             for headers, _ in server.posts[:answered]:
                 sent.append(int(headers["Sequence"]))
@@ -97,12 +100,16 @@ class Continued(ClientTest):
     def test_a_note_beyond_the_end_of_the_file_is_refused(self):
         self.path("events.jsonl", (EVENT + b"\n") * 3)
         self.deliver(1)
-        self.state.write_bytes(self.state.read_bytes().replace(b'"offset": ', b'"offset": 99'))
+        self.state.write_bytes(
+            self.state.read_bytes().replace(b'"offset": ', b'"offset": 99')
+        )
         _, _, errors = self.deliver(9)
         self.assertIn("--restart", errors)
 
     def test_the_rejected_lines_of_all_clients_are_together_in_the_end(self):
-        self.path("events.jsonl", b"\xff\x00bad\r\n" + EVENT + b"\n\n" + EVENT + b"\nworse")
+        self.path(
+            "events.jsonl", b"\xff\x00bad\r\n" + EVENT + b"\n\n" + EVENT + b"\nworse"
+        )
         self.deliver(2)
         self.assertEqual(self.rejected_files(), [])
         _, output, errors = self.deliver(1)
@@ -113,7 +120,9 @@ class Continued(ClientTest):
     def test_rejected_lines_that_were_mended_are_left_as_they_are(self):
         self.path("events.jsonl", b"bad\n" + EVENT + b"\n")
         with open("/dev/full", "w") as full:
-            with Recorder(options=[BATCHES], post=lambda _, body: answer_to(body)) as server:
+            with Recorder(
+                options=[BATCHES], post=lambda _, body: answer_to(body)
+            ) as server:
                 status, _, errors = self.run_client("--url", server.url, stdout=full)
         self.assertEqual((status, self.rejected_files()), (1, [b"bad\n"]))
         self.assertIn("the receipt cannot be printed: No space left on device", errors)
@@ -142,7 +151,9 @@ class Continued(ClientTest):
             "def link(old, new): raise OSError(errno.EPERM, 'no links here')\n"
             "client.os.link = link"
         )
-        with Recorder(options=[BATCHES], post=lambda _, body: answer_to(body)) as server:
+        with Recorder(
+            options=[BATCHES], post=lambda _, body: answer_to(body)
+        ) as server:
             self.assertEqual(self.run_client("--url", server.url, patch=patch)[0], 1)
         self.assertEqual(self.rejected_files(), [b"bad\n"])
 
@@ -158,7 +169,9 @@ class Continued(ClientTest):
             ):
                 with self.subTest(case):
                     before = len(ids_in(server.log))
-                    ended, _, errors = self.run_client("--url", server.url, stdout=stdout)
+                    ended, _, errors = self.run_client(
+                        "--url", server.url, stdout=stdout
+                    )
                     self.assertEqual((ended, self.state.exists()), (1, True))
                     self.assertIn(f"the receipt cannot be printed: {words}", errors)
                     nowhere = f"http://localhost:{free_port()}/"
@@ -171,7 +184,8 @@ class Continued(ClientTest):
         self.path("events.jsonl", EVENT + b"\n")
         server = Server(self)
         command = f'exec "{sys.executable}" "{HERE}/client.py" --url {server.url} >&-'
-        self.assertEqual(os.waitstatus_to_exitcode(os.system(f"cd {self.directory} && {command}")), 0)
+        run = subprocess.run(["sh", "-c", command], cwd=self.directory)
+        self.assertEqual(run.returncode, 0)
         self.assertFalse(self.state.exists())
 
 
@@ -200,7 +214,13 @@ class NoRoom(ClientTest):
             captured() as printed,
             mock.patch.object(client_module.os, "write", write),
         ):
-            arguments = [str(self.path("events.jsonl")), "--url", server.url, "--batch-size", "2"]
+            arguments = [
+                str(self.path("events.jsonl")),
+                "--url",
+                server.url,
+                "--batch-size",
+                "2",
+            ]
             status = client_module.main(arguments)
             return status, printed()
 
@@ -210,7 +230,9 @@ class NoRoom(ClientTest):
         self.assertEqual(status, 0, printed)
         self.assertIn("9 events accepted", printed)
 
-    def test_rejected_lines_that_cannot_be_kept_stop_the_client_until_there_is_room(self):
+    def test_rejected_lines_that_cannot_be_kept_stop_the_client_until_there_is_room(
+        self,
+    ):
         self.path("events.jsonl", (EVENT + b"\n") * 4 + b"bad\n")
         status, printed = self.deliver_without_room(20)
         self.assertEqual((status, self.rejected_files()), (1, []))
@@ -281,7 +303,11 @@ class KilledAnywhere(ClientTest):
                 arguments.append("--restart")
             server = mock.patch.object(client_module.Sender, "_send_once", send_once)
             sys.stderr = None
-            with open(self.receipts, "a") as sys.stdout, server, calls.made_by(client_module):
+            with (
+                open(self.receipts, "a") as sys.stdout,
+                server,
+                calls.made_by(client_module),
+            ):
                 status = client_module.main(arguments)
             if fault and not calls.fired:
                 status = self.NOT_FIRED
@@ -289,7 +315,9 @@ class KilledAnywhere(ClientTest):
 
         status = run_in_child(run)
         self.assertNotEqual(status, self.NOT_SAFE, "sent before .delivery was safe")
-        self.assertIn(status, (0, 1, FaultyCalls.KILLED, self.NOT_FIRED), "an exception")
+        self.assertIn(
+            status, (0, 1, FaultyCalls.KILLED, self.NOT_FIRED), "an exception"
+        )
         if status == self.NOT_FIRED:
             return None
         return status
@@ -316,7 +344,9 @@ class KilledAnywhere(ClientTest):
 
     def assertSentOnce(self):
         """Check that every line was sent under one id, and that the bad one was collected once."""
-        entries = {tuple(line.split(" ", 2)) for line in self.sent.read_text().splitlines()}
+        entries = {
+            tuple(line.split(" ", 2)) for line in self.sent.read_text().splitlines()
+        }
         texts = sorted(text for _, _, text in entries)
         good = sorted(line for line in self.LINES.decode().splitlines() if "{" in line)
         self.assertEqual(texts, good)
@@ -364,7 +394,9 @@ class KilledAnywhere(ClientTest):
                     sent = self.sent.read_text().splitlines()
                     texts = sorted(line.split(" ", 2)[2] for line in sent)
                     lines = self.path("events.jsonl").read_text().splitlines()
-                    self.assertEqual(texts, sorted(line for line in lines if "{" in line))
+                    self.assertEqual(
+                        texts, sorted(line for line in lines if "{" in line)
+                    )
             self.assertGreater(at, 20, "the kills were not injected")
 
     def test_what_must_survive_a_power_cut_is_synced_before_it_is_relied_on(self):
@@ -383,7 +415,11 @@ class KilledAnywhere(ClientTest):
             os.truncate(fd, length)
 
         self.path("events.jsonl", EVENT + b"\nbad\n")
-        calls = {"fsync": traced_fsync(self, steps), "link": link, "ftruncate": ftruncate}
+        calls = {
+            "fsync": traced_fsync(self, steps),
+            "link": link,
+            "ftruncate": ftruncate,
+        }
         calls["unlink"] = lambda path: None
         for number in (signal.SIGINT, signal.SIGTERM):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
@@ -399,7 +435,9 @@ class KilledAnywhere(ClientTest):
         rejected_lines = ["sync file", "link", "sync directory"]
         receipt = ["sync file"]
         end = ["empty", "sync file", "sync directory"]
-        self.assertEqual(steps, [*begun, "request", *notes, *rejected_lines, *receipt, *end])
+        self.assertEqual(
+            steps, [*begun, "request", *notes, *rejected_lines, *receipt, *end]
+        )
 
 
 def http_answer(status, headers, body):

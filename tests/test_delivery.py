@@ -61,18 +61,24 @@ class Delivery(ClientTest):
         before = {path: path.read_bytes() for path in self.directory.iterdir()}
         for arguments in ([], ["--restart"]):
             with self.subTest(arguments=arguments):
-                _, errors = self.client(*nowhere, "--give-up-after", 0, *arguments, status=1)
+                _, errors = self.client(
+                    *nowhere, "--give-up-after", 0, *arguments, status=1
+                )
                 self.assertIn("is being sent by another client", errors)
                 self.assertEqual(
-                    {path: path.read_bytes() for path in self.directory.iterdir()}, before
+                    {path: path.read_bytes() for path in self.directory.iterdir()},
+                    before,
                 )
 
-    def test_a_file_that_was_replaced_while_it_was_sent_is_not_sent_by_another_client(self):
+    def test_a_file_that_was_replaced_while_it_was_sent_is_not_sent_by_another_client(
+        self,
+    ):
         self.path("events.jsonl", EVENT + b"\n")
         url = f"http://127.0.0.1:{free_port()}/liveEvent"
         first = self.start("client.py", "--url", url)
         wait_until(
-            lambda: self.state.exists() and self.state.read_text(), "the first client has begun"
+            lambda: self.state.exists() and self.state.read_text(),
+            "the first client has begun",
         )
         self.path("new", EVENT + b"\n").rename(self.path("events.jsonl"))
         _, errors = self.client("--restart", "--url", url, status=1)
@@ -83,16 +89,19 @@ class Delivery(ClientTest):
 
     def test_a_client_that_opened_a_removed_delivery_opens_it_anew(self):
         self.path("events.jsonl", EVENT)
-        removed, flock = [], fcntl.flock
+        removed = []
+        flock = fcntl.flock
 
         def remove_once(file, operation):
             if not removed:
-                removed.append(os.unlink(self.state))  # as a client does that is done just now
+                removed.append(
+                    os.unlink(self.state)
+                )  # as a client does that is done just now
             flock(file, operation)
 
-        with unittest.mock.patch.object(client_module.fcntl, "flock", remove_once), opened_delivery(
-            self.path("events.jsonl")
-        ) as (_, state):
+        with unittest.mock.patch.object(
+            client_module.fcntl, "flock", remove_once
+        ), opened_delivery(self.path("events.jsonl")) as (_, state):
             self.assertEqual(self.producer_id(), state.producer_id)
 
     def test_a_file_that_somebody_else_has_locked_is_sent(self):
@@ -124,7 +133,9 @@ class Delivery(ClientTest):
         )
         server = Server(self)
         self.client("--url", server.url)
-        self.assertEqual({producer for producer, _ in ids_in(server.log)}, {state["producerId"]})
+        self.assertEqual(
+            {producer for producer, _ in ids_in(server.log)}, {state["producerId"]}
+        )
 
     def test_a_delivery_that_an_older_client_began_is_continued(self):
         self.path("events.jsonl", EVENT + b"\n")
@@ -135,7 +146,8 @@ class Delivery(ClientTest):
         self.assertEqual(ids_in(server.log), [(producer, 1)])
 
     def test_it_refuses_to_go_on_with_a_changed_file_until_it_is_told_to_restart(self):
-        server, state = Server(self), self.state
+        server = Server(self)
+        state = self.state
         events = write_events(self.path("events.jsonl"), 3)
         changes = {
             "a line was added": (
@@ -143,19 +155,29 @@ class Delivery(ClientTest):
                 "has changed",
             ),
             "a byte was changed": (
-                lambda: events.write_bytes(events.read_bytes().replace(b': "user', b': "User')),
+                lambda: events.write_bytes(
+                    events.read_bytes().replace(b': "user', b': "User')
+                ),
                 "has changed",
             ),
             "the producer id is empty": (
-                lambda: state.write_text(re.sub(r'Id": "[^"]+"', 'Id": ""', state.read_text())),
+                lambda: state.write_text(
+                    re.sub(r'Id": "[^"]+"', 'Id": ""', state.read_text())
+                ),
                 "cannot be understood",
             ),
             "the state is not UTF-8": (
                 lambda: state.write_bytes(b"\xff{\n"),
                 "cannot be understood",
             ),
-            "the state is an array": (lambda: state.write_text("[]\n"), "cannot be understood"),
-            "the state is an empty line": (lambda: state.write_text("\n"), "cannot be understood"),
+            "the state is an array": (
+                lambda: state.write_text("[]\n"),
+                "cannot be understood",
+            ),
+            "the state is an empty line": (
+                lambda: state.write_text("\n"),
+                "cannot be understood",
+            ),
             "the state is nested too deep": (
                 lambda: state.write_text("[" * 100_000 + "\n"),
                 "cannot be understood",
@@ -182,9 +204,7 @@ class Delivery(ClientTest):
         for length in range(len(line) - 1):  # without its line end it would be whole
             self.state.write_bytes(line[:length])
             with opened_delivery(self.path("events.jsonl")) as (_, state):
-                self.assertEqual(
-                    self.producer_id(), state.producer_id
-                )
+                self.assertEqual(self.producer_id(), state.producer_id)
                 self.assertNotIn(state.producer_id.encode(), line)
 
     def test_a_directory_that_cannot_be_synced_is_no_failure(self):
@@ -201,7 +221,8 @@ class Delivery(ClientTest):
             with self.subTest(reason):
                 before = len(ids_in(server.log))
                 self.assertEqual(
-                    self.run_client("--url", server.url, patch=patch.format(reason))[0], status
+                    self.run_client("--url", server.url, patch=patch.format(reason))[0],
+                    status,
                 )
                 self.assertEqual(len(ids_in(server.log)) - before, 1 - status)
 
@@ -209,7 +230,10 @@ class Delivery(ClientTest):
         port = free_port()
         events = write_events(self.path("events.jsonl"), 3)
         client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
-        wait_until(lambda: self.state.exists() and self.state.read_text(), "the client has begun")
+        wait_until(
+            lambda: self.state.exists() and self.state.read_text(),
+            "the client has begun",
+        )
         os.truncate(events, events.read_bytes().index(b"\n") + 1)
         Server(self, port=port)
         self.assertIn("was shortened", client.communicate(timeout=20)[1])
@@ -222,9 +246,12 @@ class Delivery(ClientTest):
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             with self.subTest(number.name):
                 size = server.log.stat().st_size
-                client = self.start("client.py", "--url", server.url, "--batch-size", "50")
+                client = self.start(
+                    "client.py", "--url", server.url, "--batch-size", "50"
+                )
                 wait_until(
-                    lambda: server.log.stat().st_size > size + 100_000, "the client is at it"
+                    lambda: server.log.stat().st_size > size + 100_000,
+                    "the client is at it",
                 )
                 client.send_signal(number)
                 output, errors = client.communicate(timeout=5)
@@ -241,7 +268,8 @@ class Delivery(ClientTest):
         with dribbling(b"POST") as url:
             client = self.start("client.py", "--url", url)
             wait_until(
-                lambda: self.state.exists() and self.state.read_text(), "the client has begun"
+                lambda: self.state.exists() and self.state.read_text(),
+                "the client has begun",
             )
             time.sleep(0.5)
             client.send_signal(signal.SIGTERM)
@@ -269,7 +297,9 @@ class Delivery(ClientTest):
     def test_a_client_ends_the_delivery_that_it_holds_and_no_other(self):
         with StoppingServer(self) as server:
             self.path("events.jsonl", EVENT + b"\n")
-            first = self.start("client.py", "--url", server.url, "--give-up-after", 1000)
+            first = self.start(
+                "client.py", "--url", server.url, "--give-up-after", 1000
+            )
             server.wait_for_a_post()
             self.path("events.jsonl").rename(self.path("events.jsonl.old"))
             self.state.rename(self.path("events.jsonl.old.delivery"))
@@ -285,7 +315,9 @@ class Delivery(ClientTest):
         answer = b'{"accepted": 1, "rejected": [{"line": 2, "error": "wrong"}]}'
         with StoppingServer(self, answer=answer) as server:
             events = self.path("events.jsonl", lines)
-            client = self.start("client.py", "--url", server.url, "--give-up-after", 1000)
+            client = self.start(
+                "client.py", "--url", server.url, "--give-up-after", 1000
+            )
             server.wait_for_a_post()
             events.write_bytes(lines.replace(b"first", b"other"))
             server.go_on()
@@ -298,7 +330,10 @@ class Delivery(ClientTest):
         port = free_port()
         events = self.path("events.jsonl", EVENT + b"\n")
         client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
-        wait_until(lambda: self.state.exists() and self.state.read_text(), "the client has begun")
+        wait_until(
+            lambda: self.state.exists() and self.state.read_text(),
+            "the client has begun",
+        )
         events.write_bytes(EVENT.replace(b"user1", b"user9") + b"\n")
         server = Server(self, port=port)
         output, errors = client.communicate(timeout=20)

@@ -72,7 +72,9 @@ class RawServer:
                     return
                 head += data
             if head.startswith(b"OPTIONS"):
-                wire.sendall(b"HTTP/1.1 204 OK\r\nAccept-Post: application/x-ndjson\r\n\r\n")
+                wire.sendall(
+                    b"HTTP/1.1 204 OK\r\nAccept-Post: application/x-ndjson\r\n\r\n"
+                )
                 return
             self.posts += 1
             self._handle(wire, head)
@@ -99,9 +101,15 @@ class Believing(ClientTest):
 
     def test_a_page_that_answers_everything_is_no_delivery(self):
         page = (200, HTML, PAGE)
-        named = "status 200, text/html; charset=utf-8: '<html>Down for maintenance</html>'"
+        named = (
+            "status 200, text/html; charset=utf-8: '<html>Down for maintenance</html>'"
+        )
         not_found = (404, HTML, PAGE)
-        for case, options in {"200": page, "404": not_found, "batches": BATCHES}.items():
+        for case, options in {
+            "200": page,
+            "404": not_found,
+            "batches": BATCHES,
+        }.items():
             with self.subTest(case):
                 self.assertNothingDelivered(options, page, named)
 
@@ -111,13 +119,19 @@ class Believing(ClientTest):
             "an array": (200, {}, b'["message"]'),
             "no message": (200, {}, b'{"messages": ""}'),
             "a message that is no text": (200, {}, b'{"message": 1}'),
-            "another media type": (200, {"Content-Type": "text/plain"}, b'{"message": ""}'),
+            "another media type": (
+                200,
+                {"Content-Type": "text/plain"},
+                b'{"message": ""}',
+            ),
             "another success": (202, {}, b'{"message": ""}'),
             "no content": (204, {}, b""),
         }
         for case, answer in answers.items():
             with self.subTest(case):
-                self.assertNothingDelivered((404, {}, b""), answer, f"status {answer[0]}")
+                self.assertNothingDelivered(
+                    (404, {}, b""), answer, f"status {answer[0]}"
+                )
 
     def test_a_hostile_answer_is_no_delivery(self):
         answers = {
@@ -159,7 +173,8 @@ class Believing(ClientTest):
             "application/json, Application/X-NDJSON;q=1": True,
         }
         for offer, taken in offers.items():
-            with self.subTest(offer), Recorder([(204, {"Accept-Post": offer}, b"")], None) as server:
+            answer = (204, {"Accept-Post": offer}, b"")
+            with self.subTest(offer), Recorder([answer], None) as server:
                 size = client_module.BatchSize(1)
                 sender = client_module.Sender(server.url, "producer", size, 30)
                 self.assertEqual(sender.takes_batches(), taken)
@@ -168,7 +183,8 @@ class Believing(ClientTest):
         hostile = "/:" * 40_000
         body = b'{"error": "%b"}' % hostile.encode()
         self.assertNothingDelivered(BATCHES, (401, {}, body), hostile[:300] + "....")
-        self.assertNothingDelivered(BATCHES, (401, {"Content-Type": hostile[:9000]}, b"x"), "/:/:...")
+        headers = {"Content-Type": hostile[:9000]}
+        self.assertNothingDelivered(BATCHES, (401, headers, b"x"), "/:/:...")
 
     def test_a_password_in_a_url_is_searched_in_linear_time(self):
         hostile = "://" * 300_000
@@ -202,7 +218,10 @@ class Patient(ClientTest):
         self.addCleanup(over.set)
         self.path("events.jsonl", padded(60_000))
         with RawServer(lambda wire, head: over.wait(20)) as server:
-            patch = SMALL_BUFFERS + "client.STALL_SECONDS = 0.2\nclient.REFUSAL_SECONDS = 0.1"
+            patch = (
+                SMALL_BUFFERS
+                + "client.STALL_SECONDS = 0.2\nclient.REFUSAL_SECONDS = 0.1"
+            )
             arguments = ("--url", server.url, "--give-up-after", 3)
             status, _, errors = self.run_client(*arguments, patch=patch)
         self.assertEqual(status, 1)
@@ -217,7 +236,9 @@ class Patient(ClientTest):
         self.path("events.jsonl", EVENT)
         with RawServer(answer_late) as server:
             arguments = ("--url", server.url, "--give-up-after", 20)
-            status, output, _ = self.run_client(*arguments, patch="client.STALL_SECONDS = 0.5")
+            status, output, _ = self.run_client(
+                *arguments, patch="client.STALL_SECONDS = 0.5"
+            )
         self.assertEqual((status, server.posts), (0, 1))
         self.assertIn("1 events accepted", output)
 
@@ -231,7 +252,9 @@ class Patient(ClientTest):
             arguments = ("--url", server.url, "--give-up-after", 5)
             status, _, errors = self.run_client(*arguments, patch=SMALL_BUFFERS)
         self.assertEqual((status, server.posts), (1, 1))
-        self.assertIn("answered with status 413: too large. Lower --batch-size.", errors)
+        self.assertIn(
+            "answered with status 413: too large. Lower --batch-size.", errors
+        )
 
     def test_a_batch_that_is_too_slow_is_sent_in_halves_under_the_same_ids(self):
         def answer(_number, body):
@@ -243,22 +266,35 @@ class Patient(ClientTest):
                 if line == b"bad":
                     rejected.append(b'{"line": %d, "error": "wrong"}' % number)
             accepted = len(lines) - len(rejected)
-            answer = b'{"accepted": %d, "rejected": [%b]}' % (accepted, b",".join(rejected))
+            answer = b'{"accepted": %d, "rejected": [%b]}' % (
+                accepted,
+                b",".join(rejected),
+            )
             return 200, {}, answer
 
         lines = [b"1", b"2", b"bad", b"4", b"5", b"6", b"7", b"bad", b"9"]
         self.path("events.jsonl", b"\n".join(lines))
         for status in (408, 504):
-            with self.subTest(status), Recorder(options=[BATCHES], post=answer) as server:
-                output, errors = self.client("--url", server.url, "--give-up-after", 60, status=1)
+            with self.subTest(status), Recorder(
+                options=[BATCHES], post=answer
+            ) as server:
+                output, errors = self.client(
+                    "--url", server.url, "--give-up-after", 60, status=1
+                )
                 self.assertIn("7 events accepted, 2 rejected", output)
                 self.assertIn("events.jsonl:3: wrong\nevents.jsonl:8: wrong\n", errors)
                 delivered = {}
                 for headers, body in server.posts:
-                    for number, line in enumerate(body.split(b"\n")[:-1], int(headers["Sequence"])):
-                        self.assertEqual(delivered.setdefault(number, line), lines[number - 1])
+                    for number, line in enumerate(
+                        body.split(b"\n")[:-1], int(headers["Sequence"])
+                    ):
+                        self.assertEqual(
+                            delivered.setdefault(number, line), lines[number - 1]
+                        )
                 self.assertEqual(len(delivered), 9)
-                self.assertEqual(len({headers["Producer-Id"] for headers, _ in server.posts}), 1)
+                self.assertEqual(
+                    len({headers["Producer-Id"] for headers, _ in server.posts}), 1
+                )
 
     def test_batches_grow_with_fast_answers_and_shrink_after_time_outs(self):
         size = client_module.BatchSize(5000)
@@ -298,7 +334,9 @@ class Patient(ClientTest):
             with self.subTest(text[:20]):
                 headers = client_module.http.client.HTTPMessage()
                 headers["Retry-After"] = text
-                self.assertEqual(client_module.Answer(503, headers, b"").retry_after(), 0)
+                self.assertEqual(
+                    client_module.Answer(503, headers, b"").retry_after(), 0
+                )
 
 
 class Reaching(ClientTest):
@@ -318,10 +356,8 @@ class Reaching(ClientTest):
                     super().connect(address)
 
             addresses = client_module.Addresses()
-            with (
-                mock.patch.object(client_module.socket, "getaddrinfo", lambda *_, **__: list(found)),
-                mock.patch.object(client_module.socket, "socket", Socket),
-            ):
+            calls = {"getaddrinfo": lambda *_, **__: list(found), "socket": Socket}
+            with mock.patch.multiple(client_module.socket, **calls):
                 for _ in range(3):
                     addresses.connect(("server", 80), 30).close()
         self.assertEqual(tried, [dead, good[1], good[1], good[1]])
@@ -333,7 +369,10 @@ class Reaching(ClientTest):
         patch = f"import socket\nsocket.getaddrinfo = lambda *_, **__: {found}"
         arguments = ("--url", "http://server:9/", "--give-up-after", 0)
         _, _, errors = self.run_client(*arguments, patch=patch)
-        self.assertIn("127.0.0.1: Connection refused; 127.0.0.2: Connection refused. Start", errors)
+        self.assertIn(
+            "127.0.0.1: Connection refused; 127.0.0.2: Connection refused. Start",
+            errors,
+        )
 
     def test_what_can_never_work_is_said_at_once(self):
         self.path("events.jsonl", EVENT)
@@ -347,17 +386,30 @@ class Reaching(ClientTest):
         )
         no_threads = (
             "def submit(*_):\n"
-            "    raise RuntimeError(\"can't start new thread\")\n"
+            '    raise RuntimeError("can\'t start new thread")\n'
             "client.concurrent.futures.ThreadPoolExecutor.submit = submit"
         )
         https = "https://localhost/"
         distant = "http://example.invalid/"
         secure = "https://example.invalid/"
-        socks = {"http_proxy": "socks5://127.0.0.1:1", "https_proxy": "socks5h://127.0.0.1:1"}
+        socks = {
+            "http_proxy": "socks5://127.0.0.1:1",
+            "https_proxy": "socks5h://127.0.0.1:1",
+        }
         cases = {
-            "an untrusted certificate": (https, untrusted, {}, "not trusted: self-signed"),
+            "an untrusted certificate": (
+                https,
+                untrusted,
+                {},
+                "not trusted: self-signed",
+            ),
             "no threads": (https, no_threads, {}, "ulimit -u"),
-            "a socks proxy": (distant, "", socks, "a socks5 proxy, which client.py cannot use"),
+            "a socks proxy": (
+                distant,
+                "",
+                socks,
+                "a socks5 proxy, which client.py cannot use",
+            ),
             "a socks proxy for https": (secure, "", socks, "a socks5h proxy, which"),
         }
         for case, (url, patch, environment, words) in cases.items():
