@@ -54,13 +54,14 @@ class Printing(SystemTest):
                     self.assertRevenue({"user1": 1})
 
     def test_an_encoding_that_lacks_characters_changes_no_outcome(self):
+        ascii_output = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "ascii"}
         odd = os.fsdecode(b"log.1\xff")
         Path(self.directory / odd).write_text(with_id("q", 1))
         log = self.path("log", with_id("p", 1, "\u0436\u0443\u0440\u043d\u0430\u043b"))
-        output, _ = self.processor(log, PYTHONIOENCODING="ascii")
+        output, _ = self.processor(log, **ascii_output)
         self.assertIn("log.1\\udcff: 1 applied", output)
         query("DELETE FROM users_revenue")
-        output, _ = self.processor("--verify", log, status=1, PYTHONIOENCODING="ascii")
+        output, _ = self.processor("--verify", log, status=1, **ascii_output)
         self.assertIn(
             "\\u0436\\u0443\\u0440\\u043d\\u0430\\u043b: 0 in users_revenue, 1 in the logs", output
         )

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import select
-import signal
 import socket
 import struct
 import threading
@@ -16,7 +15,14 @@ import weakref
 import data_processor
 import server as server_module
 from tests.tools import Server, SystemTest, free_port, wait_until
-from tests.tools_database import locked_users, query, setUpModule, terminate_backends, waiting
+from tests.tools_database import (
+    locked_users,
+    query,
+    setUpModule,
+    stopped_backend,
+    terminate_backends,
+    waiting,
+)
 from tests.tools_events import EVENT, ids_in
 from tests.tools_parts import warnings_of
 
@@ -89,10 +95,9 @@ class Asking(SystemTest):
             "SELECT pid FROM pg_stat_activity "
             "WHERE datname = current_database() AND application_name = 'server.py'"
         )
-        os.kill(backend, signal.SIGSTOP)
-        self.addCleanup(os.kill, backend, signal.SIGCONT)
-        self.assertEqual(server.ask("GET", USER1)[0], 503)
-        self.assertEqual(server.ask("GET", USER1)[0], 404)
+        with stopped_backend(backend):
+            self.assertEqual(server.ask("GET", USER1)[0], 503)
+            self.assertEqual(server.ask("GET", USER1)[0], 404)
 
     def test_a_database_that_falls_silent_is_not_waited_for(self):
         welcome = b"R" + struct.pack(">II", 8, 0)

@@ -12,7 +12,7 @@ import psycopg2
 
 import data_processor
 from tests.tools import SystemTest, alive, children_of, open_terminal, wait_until
-from tests.tools_database import query, setUpModule  # noqa: F401
+from tests.tools_database import query, setUpModule, stopped_backend
 from tests.tools_events import with_id
 from tests.tools_parts import captured, run_patched
 
@@ -194,13 +194,10 @@ class StandStill(SystemTest):
         database = data_processor.Database()
         database.connect()
         backend = database.connection.get_backend_pid()
-        os.kill(backend, signal.SIGSTOP)
-        try:
+        with stopped_backend(backend):
             with settings(STATEMENT_SECONDS=0.2), self.assertRaises(data_processor.Silent):
                 database.recorded_positions()
             self.assertTrue(database.connection.closed)
-        finally:
-            os.kill(backend, signal.SIGCONT)
         self.processor(log)
 
     def test_the_network_is_watched_while_data_is_unacknowledged(self):

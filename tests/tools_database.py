@@ -2,9 +2,11 @@
 
 import atexit
 import contextlib
+import errno
 import os
 import secrets
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -179,3 +181,24 @@ def terminate_backends():
     query("""
         SELECT pg_terminate_backend(pid) FROM pg_stat_activity
         WHERE datname = current_database() AND pid <> pg_backend_pid()""")
+
+
+@contextlib.contextmanager
+def stopped_backend(pid):
+    """Return a context in which the server side of a connection stands still.
+
+    Fail with a sentence if PostgreSQL runs on another machine, or as another user.
+    """
+    try:
+        if sys.platform == "linux" and b"postgres" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            raise ProcessLookupError(errno.ESRCH, "it does not run on this machine")
+        os.kill(pid, signal.SIGSTOP)
+    except OSError as error:
+        raise AssertionError(
+            f"A backend of PostgreSQL cannot be stopped ({error.strerror}): this test needs one "
+            "on this machine that runs as this user, such as pg_virtualenv starts."
+        ) from None
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
