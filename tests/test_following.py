@@ -310,3 +310,16 @@ class Following(SystemTest):
         self.path("data/log", with_id("p", 2))
         self.processor("log")
         self.assertRevenue({"user1": 2})
+
+    def test_copytruncate_loses_lines_but_counts_none_twice(self):
+        server = Server(self)
+        server.post(EVENT)
+        self.processor("server-events.jsonl")
+        server.post(EVENT)
+        self.path("server-events.jsonl.1", server.log.read_bytes())
+        server.post(EVENT)  # between the copy and the cut: it is lost
+        os.truncate(server.log, 0)
+        for _ in range(2):
+            server.post(EVENT)
+            self.processor("server-events.jsonl")
+        self.assertRevenue({"user1": 4})
