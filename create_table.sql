@@ -2,27 +2,34 @@
 -- data_processor.py runs this whenever it connects, and when something about the tables changed.
 DO $$
 DECLARE
-    temporary constant boolean := current_setting('search_path') = 'pg_temp';  -- for --verify
-    probe constant text := 'a row that create_table.sql tries, and takes back';
-    created text[] := '{}';
-    tables oid[];  -- users_revenue, event_producers, event_logs: these, and the arrays below
-    fault text;
+    -- data_processor.py --verify makes the tables there.
+    temporary constant boolean := current_setting('search_path') = 'pg_temp';
+    -- A user whom a trigger may change: lower case, trimmed or not in ASCII.
+    probe constant text := ' Pröbe, which create_table.sql tries and takes back ';
     stored numeric;
     written boolean := false;
-    stamps text[];  -- what the comments say of the tables that belong together
-    counted boolean[];  -- whether they say that the table has held what was counted
-    holds boolean[];  -- whether it holds that now
-    stayed boolean[];  -- whether it has the oid that it had when it was stamped
-    kept_file boolean[];  -- whether it has the file that it had then
+    fault text;
+    created text[] := '{}';
+    -- The next arrays are of users_revenue, event_producers and event_logs, in this order.
+    tables oid[];
     files oid[];
-    known text[];
+    stamps text[];  -- what their comments say of the tables that belong together
+    holds boolean[];  -- whether each holds what was counted
+    held boolean[];  -- whether it did when it was stamped
+    same_table boolean[];  -- whether it has the oid that it had then
+    same_file boolean[];  -- and the file
+    cluster text;
+    known_stamp text;
+    known text[];  -- its parts
+    here boolean;  -- whether they were stamped in this database
+    together boolean;
+    ids_are_lost boolean;  -- whether another table than users_revenue is at fault
     may_stamp boolean;
-    agree boolean;  -- whether the stamps are the same
-    lacking integer;  -- the number of the table that does not fit to the others
     again text;
     zero text;
-    stamp text;
-    comment_before text;
+    new_id text;
+    new_stamp text;
+    old_comment text;
 BEGIN
     -- ---- The database ----------------------------------------------------------------------
 
@@ -38,9 +45,6 @@ BEGIN
 
     -- ---- The tables that are missing -------------------------------------------------------
 
-    -- The result: one row a user. NUMERIC without precision never rounds. Half of each page is
-    -- left free so that an update stays on its page and touches no index (measured: half the
-    -- time of an update in full pages).
     IF to_regclass('users_revenue') IS NULL OR to_regclass('event_producers') IS NULL
             OR to_regclass('event_logs') IS NULL THEN
         IF NOT temporary THEN
@@ -51,6 +55,9 @@ BEGIN
             FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
             WHERE pg_class.oid = to_regclass('users_revenue');
         END IF;
+        -- The result: one row a user. NUMERIC without precision never rounds. Half of each page
+        -- is left free so that an update stays on its page and touches no index (measured: half
+        -- the time of an update in full pages).
         IF to_regclass('users_revenue') IS NULL THEN
             created := created || 'users_revenue'::text;
             CREATE TABLE users_revenue (
@@ -192,12 +199,12 @@ BEGIN
                                     'DROP INDEX ' || indexrelid::regclass))
              FROM keys WHERE NOT exact LIMIT 1)
         WHEN EXISTS (SELECT FROM keys WHERE NOT indimmediate) THEN
-            (SELECT format('users_revenue has no unique key on user_id that is not deferrable; '
+            (SELECT format('users_revenue has a deferrable unique key, which ON CONFLICT refuses; '
                            'mend it with: ALTER TABLE users_revenue DROP CONSTRAINT %I, '
                            'ADD UNIQUE (user_id)', conname)
              FROM keys WHERE NOT indimmediate ORDER BY conname LIMIT 1)
         WHEN NOT EXISTS (SELECT FROM keys WHERE accepted) THEN
-            'users_revenue has no unique key on user_id that is not deferrable; mend it with: '
+            'users_revenue has no unique key on user_id; mend it with: '
             'ALTER TABLE users_revenue ADD UNIQUE (user_id)'
         END INTO fault;
     IF fault IS NOT NULL THEN
@@ -205,7 +212,8 @@ BEGIN
     END IF;
 
     -- No column takes its value from a sequence that ends: every upsert uses up one, also for a
-    -- user who is there already.
+    -- user who is there already. (DEFAULT nextval(): the default, a row of pg_attrdef, depends on
+    -- the sequence. IDENTITY: the sequence depends on the column, with deptype i.)
     SELECT format('users_revenue uses up the sequence %s, which has less than 64 bits; mend it '
                   'with: ALTER TABLE users_revenue ALTER COLUMN %I TYPE bigint; ALTER SEQUENCE '
                   '%s AS bigint', seqrelid::regclass, attname, seqrelid::regclass) INTO fault
@@ -224,9 +232,10 @@ BEGIN
         RAISE EXCEPTION '%', fault;
     END IF;
 
-    -- A trigger that may change a row is tried: two amounts are added and taken back.
+    -- A trigger that may change a row is tried: two amounts are added and taken back. (The
+    -- variables keep their values.)
     IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = tables[1] AND NOT tgisinternal
-               AND tgenabled <> 'D' AND tgtype & 3 = 3) THEN
+               AND tgenabled <> 'D') THEN
         BEGIN
             FOR number IN 1..2 LOOP
                 INSERT INTO users_revenue AS old (user_id, revenue)
@@ -237,66 +246,85 @@ BEGIN
             written := true;
             RAISE EXCEPTION USING ERRCODE = 'ZZZZZ';  -- takes the row back
         EXCEPTION
-            WHEN SQLSTATE 'ZZZZZ' THEN NULL;
-            WHEN integrity_constraint_violation OR raise_exception THEN NULL;  -- not this user
+            WHEN OTHERS THEN NULL;  -- also when this user is refused: others may be let through
         END;
         IF written AND stored IS DISTINCT FROM 222222222222222222.222222222222222222 THEN
-            SELECT format('users_revenue has a trigger that changes revenue; mend it with: '
-                          'ALTER TABLE users_revenue DISABLE TRIGGER %I', tgname) INTO fault
-            FROM pg_trigger WHERE tgrelid = tables[1] AND NOT tgisinternal
-                AND tgenabled <> 'D' AND tgtype & 3 = 3 ORDER BY tgname LIMIT 1;
+            SELECT format('users_revenue has a trigger that changes what is written; mend it '
+                          'with: ALTER TABLE users_revenue DISABLE TRIGGER %I', tgname) INTO fault
+            FROM pg_trigger WHERE tgrelid = tables[1] AND NOT tgisinternal AND tgenabled <> 'D'
+            ORDER BY tgname LIMIT 1;
             RAISE EXCEPTION '%', fault;
         END IF;
     END IF;
 
     -- ---- The tables belong together --------------------------------------------------------
 
-    -- Each comment ends with a stamp such as [events 5f0c... 16402 16408 16415 16402 16408 16415
-    -- counted]: a random id, the oids of the three tables and of their files when they were
-    -- stamped, and whether this one has held what was counted. So a table that was emptied, or
-    -- that came back from a backup without the others, is noticed. All three may come back, with
-    -- other oids, or be emptied by one TRUNCATE, which gives each a new file.
-    SELECT array_agg(substring(comment FROM '\[events ([0-9a-f]+(?: [0-9]+){6})') ORDER BY number),
-        array_agg(comment ~ '\[events [^]]* counted\]' ORDER BY number),
-        bool_and(pg_has_role(relowner, 'USAGE'))
-    INTO stamps, counted, may_stamp
-    FROM unnest(tables) WITH ORDINALITY AS listed (listed_oid, number)
-    JOIN pg_class ON oid = listed_oid
-    CROSS JOIN LATERAL coalesce(obj_description(oid, 'pg_class'), '') AS comment;
+    -- The comment of each ends with the same stamp: [events ID CLUSTER OIDS FILES HELD]. ID is
+    -- random. OIDS and FILES are those that the three tables had when they were stamped; in
+    -- another CLUSTER (or database) they mean nothing. HELD says which of them held what was
+    -- counted. So it is noticed when one was emptied, or came back without the others.
+    cluster := (SELECT system_identifier FROM pg_control_system()) || '.'
+               || (SELECT oid FROM pg_database WHERE datname = current_database());
+    FOR number IN 1..3 LOOP
+        stamps[number] := substring(obj_description(tables[number], 'pg_class')
+                                    FROM '\[events ([^]]*)\]');
+        files[number] := coalesce(pg_relation_filenode(tables[number]), 0);
+    END LOOP;
     PERFORM FROM users_revenue LIMIT 1;
     holds[1] := FOUND;
     PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
     holds[2] := FOUND;
     PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
     holds[3] := FOUND;
-    known := string_to_array(stamps[1], ' ');
-    FOR number IN 1..3 LOOP
-        files[number] := coalesce(pg_relation_filenode(tables[number]), 0);
-        stayed[number] := known[1 + number] = tables[number]::text;
-        kept_file[number] := known[4 + number] = files[number]::text;
-    END LOOP;
-    agree := stamps[1] IS NOT DISTINCT FROM stamps[2] AND stamps[2] IS NOT DISTINCT FROM stamps[3];
+    SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
+    FROM pg_class WHERE oid = ANY (tables);
 
+    SELECT min(stamp), count(DISTINCT stamp) < 2 INTO known_stamp, together
+    FROM unnest(stamps) AS stamp;
+    known := string_to_array(known_stamp, ' ');
+    here := known[2] = cluster;
     FOR number IN 1..3 LOOP
-        IF counted[number] AND NOT holds[number] AND true = ANY (kept_file) THEN
-            lacking := number;
-            fault := format('%s was emptied', tables[number]::regclass);
+        held[number] := coalesce(known[8 + number] = 't', false);
+        same_table[number] := coalesce(here AND known[2 + number] = tables[number]::text, false);
+        same_file[number] := coalesce(here AND known[5 + number] = files[number]::text, false);
+        -- Somebody may have replaced a comment. If the others name this very table, it is theirs.
+        IF known_stamp IS NOT NULL AND stamps[number] IS NULL AND NOT same_file[number] THEN
+            together := false;
         END IF;
     END LOOP;
-    -- Who is not their owner cannot stamp them; but no id was ever counted without a user.
-    IF NOT may_stamp AND holds[2] AND NOT holds[1] THEN
-        lacking := 1;
-        fault := 'users_revenue was emptied';
+    -- All of them may have come back, and have other oids; but not some of them.
+    IF true = ANY (same_table) AND false = ANY (same_table) THEN
+        together := false;
     END IF;
-    IF NOT agree OR (true = ANY (stayed) AND false = ANY (stayed)) THEN
-        lacking := 1;
-        IF stamps[2] IS DISTINCT FROM stamps[3] OR stayed[2] <> stayed[3]
-                OR 'event_producers' = ANY (created) THEN
-            lacking := 2;
+    IF together THEN
+        FOR number IN 1..3 LOOP
+            IF held[number] AND NOT holds[number] THEN
+                fault := format('%s was emptied', tables[number]::regclass);
+                ids_are_lost := number > 1;
+            END IF;
+        END LOOP;
+        -- After one TRUNCATE of all three, somebody may have put opening balances into
+        -- users_revenue.
+        IF NOT holds[2] AND NOT holds[3] AND NOT true = ANY (same_file) THEN
+            fault := NULL;
         END IF;
+    ELSE
         fault := 'one of them came back without the others';
         IF created <> '{}' THEN
             fault := format('missing: %s', array_to_string(created, ', '));
+        END IF;
+        ids_are_lost := stamps[2] IS DISTINCT FROM stamps[3] OR same_table[2] <> same_table[3]
+            OR 'event_producers' = ANY (created);
+    END IF;
+    -- Who does not own the tables cannot note what they hold. But wherever ids were counted there
+    -- is a user; and who was not there when the tables were stamped came with ids.
+    IF NOT may_stamp AND known_stamp IS NOT NULL AND fault IS NULL THEN
+        IF holds[2] AND NOT holds[1] THEN
+            fault := 'users_revenue was emptied';
+            ids_are_lost := false;
+        ELSIF holds[1] AND NOT held[1] AND NOT holds[2] AND NOT holds[3] THEN
+            fault := 'event_producers was emptied';
+            ids_are_lost := true;
         END IF;
     END IF;
     -- Nothing is wrong while none of them holds anything.
@@ -307,13 +335,17 @@ BEGIN
             FROM unnest(tables) AS listed
             WHERE listed::regclass::text <> ALL (created);
         END IF;
-        IF lacking > 1 THEN  -- then nobody knows what was counted
+        IF ids_are_lost THEN  -- nobody knows what was counted
             zero := 'move the logs to where data_processor.py does not look, and then: ' || again;
-        ELSE  -- what was counted stays known as counted
+        ELSE  -- tables without stamps are taken as they are: what was counted stays known
             zero := 'COMMENT ON TABLE event_producers IS NULL; COMMENT ON TABLE event_logs IS NULL';
             IF created = '{}' THEN
                 zero := 'TRUNCATE users_revenue; COMMENT ON TABLE users_revenue IS NULL; ' || zero;
             END IF;
+        END IF;
+        IF NOT may_stamp THEN
+            again := again || ' (as the owner of the tables)';
+            zero := zero || ' (as the owner of the tables, who then runs create_table.sql)';
         END IF;
         RAISE EXCEPTION 'users_revenue, event_producers and event_logs do not belong together: '
             '%. To count everything again from the logs: %; then run data_processor.py with all '
@@ -321,19 +353,18 @@ BEGIN
     END IF;
 
     IF may_stamp THEN
-        stamp := known[1];
-        IF stamp IS NULL OR NOT agree THEN
-            stamp := md5(random()::text || clock_timestamp());
+        new_id := known[1];
+        IF new_id IS NULL OR NOT together THEN
+            new_id := md5(random()::text || clock_timestamp());
         END IF;
-        stamp := concat_ws(' ', stamp, array_to_string(tables, ' '), array_to_string(files, ' '));
+        new_stamp := concat_ws(' ', new_id, cluster, array_to_string(tables, ' '),
+                               array_to_string(files, ' '), array_to_string(holds, ' '));
         FOR number IN 1..3 LOOP
-            IF stamps[number] IS DISTINCT FROM stamp
-                    OR counted[number] IS DISTINCT FROM holds[number] THEN
-                comment_before := coalesce(obj_description(tables[number], 'pg_class'), '');
+            IF stamps[number] IS DISTINCT FROM new_stamp THEN
+                old_comment := coalesce(obj_description(tables[number], 'pg_class'), '');
+                old_comment := regexp_replace(old_comment, ' ?\[events [^]]*\]', '');
                 EXECUTE format('COMMENT ON TABLE %s IS %L', tables[number]::regclass,
-                    ltrim(regexp_replace(comment_before, ' ?\[events [^]]*\]', '')
-                          || format(' [events %s%s]', stamp,
-                                    CASE WHEN holds[number] THEN ' counted' END)));
+                               ltrim(format('%s [events %s]', old_comment, new_stamp)));
             END IF;
         END LOOP;
     END IF;

@@ -3,7 +3,7 @@
 # count_once are that transaction, and the place to start reading.
 #
 #   event id  a producer id and a sequence number; the server stamps every line with one
-#   span      lines that follow each other, whose event ids do so, too
+#   span      lines that follow each other and have consecutive event ids of one producer
 #   log       a file of events; it is read in chunks
 #   chunk     what one transaction applies; it is tallied in slices
 #   slice     whole lines of a chunk, which one child process tallies; it is read in blocks
@@ -85,7 +85,7 @@ SLICE_BYTES = 2 * 1024 * 1024
 SHRINK = 4
 SMALLEST_CHUNK_BYTES = 64 * 1024
 # Estimated memory of what the children of one chunk send to the parent. A child stops early at
-# its share. The parent takes a few times as much.
+# its share. The parent needs a few times that memory.
 KEPT_BYTES = 24 * 1024 * 1024
 # In that estimate: a span or a rejected line, and the sum of a user besides the user id.
 SPAN_BYTES = 100
@@ -94,23 +94,27 @@ SUM_BYTES = 16
 DIGEST_BYTES = 64 * 1024
 
 # A child reads for at most so long before it sends what it has.
-CHUNK_SECONDS = 15
+READ_SECONDS = 15
 # A child that sends nothing for so long stands still, and is given up.
-CHILD_SECONDS = 30
+SILENT_CHILD_SECONDS = 30
 # PostgreSQL ends a transaction that is idle for so long: a processor that vanished or stands
-# still releases its locks. It is longer than the time in which children tally.
+# still releases its locks. It is longer than both tallies of a chunk: the first takes
+# READ_SECONDS and a little, and the second, of a part of its events, about as long.
 IDLE_SECONDS = 60
-# The same for --verify, which holds no row, and may decompress logs between two statements.
-VERIFY_IDLE_SECONDS = 3600
 # A lock that somebody else holds, on a log or on rows, is waited for in steps of so long.
 LOCK_SECONDS = 10
-# A statement that PostgreSQL does not answer for so long has failed: its host or its process
-# stands still.
+# An address of PostgreSQL that does not take a connection for so long is given up for the next one.
+CONNECT_SECONDS = 10
+# PostgreSQL cancels a statement after so long. One without an answer for a tenth more has failed:
+# its host or its process stands still.
 STATEMENT_SECONDS = 120
+# Both times for --verify, which holds no row: it may decompress logs between two statements, and
+# compares all users in one.
+VERIFY_SECONDS = 3600
 # A run ends after so many attempts without any progress, 0.2 to 3.2 s apart: a PostgreSQL that
 # restarts is back by then, and a lock was waited for a minute.
 ATTEMPTS = 6
-# Between two looks at the logs with --follow, and at most after errors.
+# The pause between two looks with --follow; after errors it grows up to the second one.
 POLL_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
 # So many rejected lines of a log are named at a time; the others are a number.
@@ -163,12 +167,14 @@ def write_without_waiting(fd, data, patience):
         return 0
     # What is ready may have less room than data needs, and would wait for the rest. A descriptor
     # of its own can refuse to wait without changing the one that other programs share.
-    own = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        own_fd = os.open(f"/dev/fd/{fd}", own)
+        own_fd = os.open(f"/dev/fd/{fd}", flags)
     except OSError:  # a socket, or somebody else's pipe: when it is ready, it takes so much
         return os.write(fd, data[:512])
     try:
+        if os.get_blocking(own_fd):  # macOS gives the same one once more
+            data = data[:512]
         return os.write(own_fd, data)
     except BlockingIOError:
         return 0
@@ -415,7 +421,7 @@ def sync_file(fd):
 
 def leads_to(path, fd):
     """Tell whether path still leads to the open file fd, which was neither renamed nor removed."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.stat(path), os.fstat(fd))
     return False
 
@@ -436,7 +442,7 @@ def lock_log(path, fd, operation, seconds=LOCK_SECONDS):
         if not leads_to(path, fd):
             return False
         if time.monotonic() >= deadline:
-            words = f"another program holds its lock for more than {LOCK_SECONDS} seconds"
+            words = f"another program has held its lock for {LOCK_SECONDS} seconds"
             raise OSError(errno.EAGAIN, f"{words} (lsof shows which)", path)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
@@ -522,7 +528,8 @@ def connect(**parameters):
     names_database = bool(url)
     for variable in ("PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"):
         names_database = names_database or bool(os.environ.get(variable))
-    # A host that vanished is noticed after a minute; by default it takes two hours.
+    # From the weakest to the strongest. A host that vanished is noticed after a minute; by default
+    # it takes two hours.
     chosen = {
         "fallback_application_name": os.path.basename(sys.argv[0]),
         "keepalives_idle": 30,
@@ -677,6 +684,7 @@ class Block(NamedTuple):
     start: int  # the offset of the first line
     lines: bytes  # each with its LF
     end: int  # the offset after the last line
+    raw: bytes  # what the file has before end, as it was read
 
 
 class LogReader:
@@ -752,14 +760,14 @@ class LogReader:
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.path) from error
 
-    def digest(self, position):
-        """Return the SHA-256 of the up to DIGEST_BYTES before position, None if the log is shorter
-        than that."""
+    def before(self, position):
+        """Return the up to DIGEST_BYTES before position; fewer if the log is shorter than that."""
         start = max(0, position - DIGEST_BYTES)
-        data = self.read(start, position - start)
-        if len(data) < position - start:
-            return None
-        return hashlib.sha256(data).digest()
+        return self.read(start, position - start)
+
+    def digest(self, position):
+        """Return the SHA-256 of the up to DIGEST_BYTES before position."""
+        return hashlib.sha256(self.before(position)).digest()
 
     def slices(self, start, size):
         """Return pairs of offsets that cut about size bytes from start on into whole lines: one
@@ -803,10 +811,12 @@ class LogReader:
         end = start + len(data)
         newline = data.rfind(b"\n")
         if end == self.end and newline < len(data) - 1:
-            return Block(start, data + b"\n", end)  # the last event of the log lacks it
+            return Block(start, data + b"\n", end, data)  # the last event of the log lacks it
         if newline >= 0:
-            return Block(start, data[: newline + 1], start + newline + 1)
-        return Block(start, data + b"...\n", self.next_line(end))
+            lines = data[: newline + 1]
+            return Block(start, lines, start + len(lines), lines)
+        end = self.next_line(end)
+        return Block(start, data + b"...\n", end, self.before(end))
 
 
 class SyncFailed(Exception):
@@ -820,12 +830,10 @@ NO_ID = (
     "whether it was counted cannot be known (rename the file to a name that is no log's, and "
     "send what is new in it with python client.py FILE)"
 )
-# What happens to an event without an id, which only the recorded position guards: it counts; or
-# it is rejected, because the position does not match; or it is passed over, because it matches
-# and stands behind the event.
-COUNT = "count"
-REJECT = "reject"
-PASS_OVER = "pass over"
+# What is done with an event without an id: only the recorded position tells whether it counted.
+COUNT = "count"  # it lies behind the position: it did not
+PASS_OVER = "pass over"  # it lies before the position: it did
+REJECT = "reject"  # the log was changed, so that the position tells nothing
 
 
 class Slice(NamedTuple):
@@ -833,12 +841,12 @@ class Slice(NamedTuple):
 
     start: int  # offset in the log
     end: int
-    without_id: str  # COUNT, REJECT or PASS_OVER
+    no_id_rule: str  # COUNT, PASS_OVER or REJECT
     kept_bytes: int  # about so much may be kept of it
 
 
 class Span(NamedTuple):
-    """Lines of a slice that follow each other, whose event ids do so, too."""
+    """Lines of a slice that follow each other and have consecutive event ids of one producer."""
 
     producer: str  # "" for events without an id
     first: int  # the sequence of the first line
@@ -860,10 +868,11 @@ class Tally(NamedTuple):
     end: int  # the offset after the last line
     lines: int
     events: int
-    without_id: int  # how many events were rejected because they have no id
+    no_id_rejected: int  # how many events were rejected because they have no id
     spans: list
     rejected: list
     sums: bytes  # {user: amount} as a JSON text
+    digest: bytes  # the SHA-256 of the up to DIGEST_BYTES before end
 
 
 class BlockRows(NamedTuple):
@@ -872,7 +881,7 @@ class BlockRows(NamedTuple):
     numbers: list  # of these lines in the block, from 0
     rows: list  # tuples with the fields of LogLine
     rejected: list
-    without_id: int
+    no_id_rejected: int
 
 
 def tally_slice(log, part, marks=None):
@@ -881,14 +890,15 @@ def tally_slice(log, part, marks=None):
     With marks, a byte for each line of the slice, its sums hold only the events whose line is
     marked with 1; all else is of the whole slice.
     """
-    deadline = time.monotonic() + CHUNK_SECONDS
+    deadline = time.monotonic() + READ_SECONDS
     sums = {}
     spans = []
     rejected = []
     end = part.start
-    lines = events = without_id = user_bytes = 0
+    before_end = log.before(part.start)
+    lines = events = no_id_rejected = user_bytes = 0
     for block in log.blocks(part.start, part.end):
-        found = read_rows(block, part.without_id)
+        found = read_rows(block, part.no_id_rule)
         add_spans(spans, found, lines)
         known_users = len(sums)
         add_amounts(sums, marked_rows(found, marks, lines))
@@ -896,38 +906,41 @@ def tally_slice(log, part, marks=None):
         new_users = itertools.islice(reversed(sums), len(sums) - known_users)
         user_bytes += sum(map(len, new_users))
         rejected += found.rejected
-        without_id += found.without_id
+        no_id_rejected += found.no_id_rejected
         events += len(found.rows)
         lines += block.lines.count(b"\n")
         end = block.end
+        before_end = (before_end + block.raw)[-DIGEST_BYTES:]
         entries = len(spans) + len(rejected)
         kept_bytes = user_bytes + SUM_BYTES * len(sums) + SPAN_BYTES * entries
+        # A second tally, with marks, must end where the first one did.
         if marks is None and (kept_bytes > part.kept_bytes or time.monotonic() > deadline):
             break
     text = sums_as_json(sums)
-    return Tally(part, end, lines, events, without_id, spans, rejected, text)
+    digest = hashlib.sha256(before_end).digest()
+    return Tally(part, end, lines, events, no_id_rejected, spans, rejected, text, digest)
 
 
-def read_rows(block, without_id):
+def read_rows(block, no_id_rule):
     """Return the BlockRows of a Block. A blank line is no event and no error."""
     if is_utf8(block.lines):
         rows = LOG_LINE.findall(block.lines)
     else:
         lines = block.lines.split(b"\n")[:-1]
         rows = [LogLine(b"", b"", b"", b"", b"", line) for line in lines]
-    if without_id == COUNT:
+    if no_id_rule == COUNT:
         plain = all([user for user, _, _, _, _, _ in rows])
     else:
         plain = all([producer for _, _, _, producer, _, _ in rows])
     if plain:
         return BlockRows(range(len(rows)), rows, [], 0)
-    return read_odd_rows(block, rows, without_id)
+    return read_odd_rows(block, rows, no_id_rule)
 
 
-def read_odd_rows(block, rows, without_id):
+def read_odd_rows(block, rows, no_id_rule):
     """Return the BlockRows of a Block in which not every line is as everyone prints it."""
     found = BlockRows([], [], [], 0)
-    refused = 0
+    no_id_rejected = 0
     offset = block.start
     lines = block.lines.split(b"\n")
     for number, (line, row) in enumerate(zip(lines, rows)):
@@ -935,16 +948,16 @@ def read_odd_rows(block, rows, without_id):
             row = LogLine._make(row)
             if row.other.strip():
                 row = decode_log_line(row.other)
-            if row.producer or (row.user and without_id == COUNT):
+            if row.producer or (row.user and no_id_rule == COUNT):
                 found.numbers.append(number)
                 found.rows.append(row)
-            elif row.user and without_id == REJECT:
-                refused += 1
+            elif row.user and no_id_rule == REJECT:
+                no_id_rejected += 1
                 found.rejected.append(Rejected(offset, NO_ID))
         except ValueError as error:  # only its words are kept: it drags its frames along
             found.rejected.append(Rejected(offset, str(error)))
         offset += len(line) + 1
-    return found._replace(without_id=refused)
+    return found._replace(no_id_rejected=no_id_rejected)
 
 
 def add_spans(spans, found, lines):
@@ -1041,9 +1054,9 @@ class TallyProcess:
         poll = select.poll()
         poll.register(self._reading_end, select.POLLIN)
         while True:
-            if not poll.poll(1000 * CHILD_SECONDS):
+            if not poll.poll(1000 * SILENT_CHILD_SECONDS):
                 raise ChildDied(
-                    f"A process that reads {self._path} stood still for {CHILD_SECONDS} seconds."
+                    f"A process that reads {self._path} stood still for {SILENT_CHILD_SECONDS} seconds."
                 )
             data = os.read(self._reading_end, 1024 * 1024)
             if not data:
@@ -1068,8 +1081,8 @@ class TallyProcess:
 
 def send_tally(log, part, marks, writing_end):
     """Be the child: write the Tally of a Slice, or the exception that it raised, to a pipe."""
-    close_all_but({log.content.fileno(), writing_end})
     try:
+        close_all_but({log.content.fileno(), writing_end})
         result = tally_slice(log, part, marks)
     except Exception as error:
         result = error
@@ -1109,7 +1122,7 @@ class Reading(NamedTuple):
     """How far a run has read a log, for when its recorded position cannot be used."""
 
     end: int = 0
-    without_id: int = 0  # how many events without an id were rejected so far
+    no_id_rejected: int = 0  # how many events without an id were rejected so far
 
 
 class Chunk(NamedTuple):
@@ -1120,7 +1133,7 @@ class Chunk(NamedTuple):
     position: int  # that is recorded now
     applied: int
     repeated: int
-    without_id: int  # how many of the rejected lines are events without an id
+    no_id_rejected: int  # how many of the rejected lines are events without an id
     rejected: list
 
 
@@ -1128,12 +1141,52 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
     """Apply the next chunk of log, of about size bytes, in the caller's transaction, which commits
     all of it or nothing; return a Chunk. Raise OSError, Failure or psycopg2.Error.
 
-    It starts at the recorded position if the bytes before that are unchanged. Otherwise (a copy,
-    a cut, a restored backup), or with from_start, the log is being read from byte 0, and the
-    chunk starts where reading ended. The position never moves back, also when a shorter copy is
-    read. When the log was changed, it moves only at the log's end, and only if no event without
-    an id was rejected: then a log that is put right again is known again.
+        bytes before the position  from_start  the chunk starts     events without an id
+        unchanged                  no          at the position      count
+        unchanged                  yes         where reading ended  are passed over, up to it
+        changed                    either      where reading ended  are rejected
+
+    The position only moves forward. In a changed log it stays until the log was read to its end
+    without rejecting an event for want of an id: who puts the old bytes back before that finds the
+    old position valid.
     """
+    position, digest = lock_position(sql, log)
+    unchanged = log.digest(position) == digest
+    no_id_rule = COUNT
+    start = reading.end
+    if not unchanged:
+        no_id_rule = REJECT
+    elif from_start and reading.end < position:
+        no_id_rule = PASS_OVER
+        size = min(size, position - reading.end)
+    else:
+        start = position
+    tallies = tally_chunk(log, start, size, no_id_rule)
+    end = start
+    if tallies:
+        log.sync()
+        end = tallies[-1].end
+    applied = count_once(sql, log, tallies)
+    rejected = list(itertools.chain.from_iterable(tally.rejected for tally in tallies))
+    no_id_rejected = sum(tally.no_id_rejected for tally in tallies)
+    read_whole = end >= log.end and reading.no_id_rejected + no_id_rejected == 0
+    if end > position and (unchanged or read_whole):
+        position = end
+        record_position(sql, log, RecordedPosition(end, tallies[-1].digest))
+    repeated = sum(tally.events for tally in tallies) - applied
+    return Chunk(start, end, position, applied, repeated, no_id_rejected, rejected)
+
+
+class RecordedPosition(NamedTuple):
+    """How far a log was read, as the database knows it."""
+
+    position: int
+    digest: bytes  # the SHA-256 of the up to DIGEST_BYTES before the position
+
+
+def lock_position(sql, log):
+    """Lock the row of log, which is created first if it is missing, and return its
+    RecordedPosition."""
     with locking("event_logs"):
         sql.execute(
             "INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id]
@@ -1141,56 +1194,42 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
         sql.execute(
             "SELECT position, digest FROM event_logs WHERE log_id = %s FOR UPDATE", [log.log_id]
         )
+    if not sql.rowcount:
+        raise Disturbed("event_logs")
     position, digest = sql.fetchone()
-    unchanged = log.digest(position) == bytes(digest)
-    without_id = COUNT
-    start = reading.end
-    if not unchanged:
-        without_id = REJECT
-    elif from_start and reading.end < position:
-        without_id = PASS_OVER
-        size = min(size, position - reading.end)
-    else:
-        start = position
-    tallies = tally_chunk(log, start, size, without_id)
-    end = start
-    if tallies:
-        log.sync()
-        end = tallies[-1].end
-    applied = count_once(sql, log, tallies)
-    rejected = list(itertools.chain.from_iterable(tally.rejected for tally in tallies))
-    refused = sum(tally.without_id for tally in tallies)
-    read_whole = end >= log.end and reading.without_id + refused == 0
-    if end > position and (unchanged or read_whole):
-        position = end
-        record_position(sql, log, position)
-    repeated = sum(tally.events for tally in tallies) - applied
-    return Chunk(start, end, position, applied, repeated, refused, rejected)
+    return RecordedPosition(position, bytes(digest))
 
 
-def record_position(sql, log, position):
-    """Record that log was read up to position; raise OSError if it is shorter by now."""
-    digest = log.digest(position)
-    if digest is None:
-        raise changed(log)
+def record_position(sql, log, recorded):
+    """Record a RecordedPosition of log. Raise OSError if the bytes before it are not those that
+    were read: they may have been changed before all of them were counted."""
+    if log.digest(recorded.position) != recorded.digest:
+        raise change_of(log)
     sql.execute(
         "UPDATE event_logs SET position = %s, digest = %s WHERE log_id = %s",
-        [position, digest, log.log_id],
+        [recorded.position, recorded.digest, log.log_id],
     )
 
 
-def changed(log):
+def change_of(log):
     """Return the OSError of a log that somebody edits or cuts while it is read."""
     return OSError(errno.ESTALE, "was changed while it was read; it is read again later", log.path)
 
 
-def tally_chunk(log, start, size, without_id):
+class Disturbed(Failure):
+    """Somebody deleted rows that were about to be locked."""
+
+    def __init__(self, table):
+        super().__init__(f"Somebody deletes rows of {table}; what they held was not counted.")
+
+
+def tally_chunk(log, start, size, no_id_rule):
     """Return the tallies of the next chunk of log, of about size bytes from offset start on, one
     after the other. What follows one that ended early belongs to the chunk after this one."""
     cuts = log.slices(start, size)
     jobs = []
     for low, high in cuts:
-        part = Slice(low, high, without_id, KEPT_BYTES // len(cuts))
+        part = Slice(low, high, no_id_rule, KEPT_BYTES // len(cuts))
         jobs.append((part, None))
     tallies = []
     end = start
@@ -1210,26 +1249,25 @@ def count_once(sql, log, tallies):
     has committed. Producers, then users, are taken in the order of their bytes, so that two
     processors cannot each wait for the other.
     """
-    ids = ids_as_json(tallies)
+    ids = ids_by_producer(tallies)
     with locking("event_producers"):
         lock_producers(sql, ids)
     new = add_ids(sql, ids)
     marks = mark_lines(tallies, new)
     sums = marked_sums(log, tallies, marks)
-    with locking("users_revenue"):
+    with locking("users_revenue"), refusing():
         add_revenue(sql, sums)
     return sum(lines.count(1) for lines in marks)
 
 
-def ids_as_json(tallies):
-    """Return {producer: its sequences in tallies as an int8multirange} as a JSON text."""
+def ids_by_producer(tallies):
+    """Return {producer: its sequences in tallies, as the text of an int8multirange}."""
     ranges = collections.defaultdict(list)
     for tally in tallies:
         for span in tally.spans:
             if span.producer:
                 ranges[span.producer].append(f"[{span.first},{span.end})")
-    members = {producer: "{%s}" % ",".join(texts) for producer, texts in ranges.items()}
-    return json.dumps(members)
+    return {producer: "{%s}" % ",".join(texts) for producer, texts in ranges.items()}
 
 
 def lock_producers(sql, ids):
@@ -1237,22 +1275,24 @@ def lock_producers(sql, ids):
     sql.execute(
         """
         INSERT INTO event_producers (producer_id)
-        SELECT producer_id FROM json_object_keys(%s) AS producer_id
+        SELECT producer_id FROM unnest(%s::text[]) AS producer_id
         ORDER BY producer_id COLLATE "C"
         ON CONFLICT DO NOTHING""",
-        [ids],
+        [list(ids)],
     )
     # It returns a number, because a processor that stands still while PostgreSQL sends it much
     # would keep the locks for ever.
     sql.execute(
         """
         SELECT count(*) FROM (
-            SELECT FROM event_producers
-            WHERE producer_id = ANY (ARRAY(SELECT json_object_keys(%s)))
+            SELECT FROM event_producers WHERE producer_id = ANY (%s::text[])
             ORDER BY producer_id COLLATE "C" FOR UPDATE
         ) AS locked""",
-        [ids],
+        [list(ids)],
     )
+    (locked,) = sql.fetchone()
+    if locked < len(ids):
+        raise Disturbed("event_producers")
 
 
 class NewIds(NamedTuple):
@@ -1265,6 +1305,7 @@ class NewIds(NamedTuple):
 
 def add_ids(sql, ids):
     """Add ids to what was applied of their producers, and return the NewIds among them."""
+    ids = json.dumps(ids)
     # A cursor in PostgreSQL, so that few rows at a time are sent while the locks are held.
     with sql.connection.cursor("new_ids") as cursor:
         cursor.itersize = 500
@@ -1300,7 +1341,9 @@ def mark_lines(tallies, new):
         span A   ids 1..9 on the lines 0..8      takes 1..9: lines 0..8; 10..19 are left
         span B   ids 5..19 on the lines 40..54   takes 10..19: lines 45..54
 
-    (A new id before the span at hand would lie in an earlier span, which has taken it.)
+    Every new id lies in some span, and spans are sorted by their first id: so an unclaimed id is
+    never below the span at hand. A span that reaches less far than the one before finds its ids
+    taken: of lines with one id, the first span's is marked.
     """
     marks = [bytearray(tally.lines) for tally in tallies]
     spans = []
@@ -1349,8 +1392,9 @@ def marked_sums(log, tallies, marks):
             mixed.append(tally)
             jobs.append((tally.part._replace(end=tally.end), lines))
     for tally, again in zip(mixed, tally_all(log, jobs)):
+        # All but the sums must be as before.
         if again._replace(part=tally.part, sums=tally.sums) != tally:
-            raise changed(log)
+            raise change_of(log)
         sums.append(again.sums)
     return sums
 
@@ -1396,11 +1440,19 @@ def locking(table):
         ) from error
 
 
-class RecordedPosition(NamedTuple):
-    """How far a log was read, as the database knows it."""
+class Refused(Failure):
+    """PostgreSQL refuses what one log holds: a CHECK, a foreign key, no partition, a trigger."""
 
-    position: int
-    digest: bytes  # of the bytes before the position
+
+@contextlib.contextmanager
+def refusing():
+    """Return a context for a statement that PostgreSQL may refuse because of one log's events."""
+    try:
+        yield
+    except PASSING:
+        raise
+    except psycopg2.Error as error:
+        raise Refused(f"PostgreSQL refused it: {sentence(error)}.") from error
 
 
 class Database:
@@ -1441,7 +1493,7 @@ class Database:
     HOLDS_USERS = "SELECT 1 FROM users_revenue LIMIT 1"
 
     def __init__(self):
-        self.connection = None
+        self.connection = None  # until the first one was made; then perhaps a closed one
         self._checked = None  # what VERSION and HOLDS_USERS gave when create_table.sql agreed
 
     def is_open(self):
@@ -1450,9 +1502,7 @@ class Database:
 
     def connect(self):
         """Connect, and check that the tables fit. Raise Failure or psycopg2.Error."""
-        psycopg2.extensions.set_wait_callback(wait_for_statement)
-        self.connection = connect(connect_timeout=LOCK_SECONDS)
-        self.connection.set_session(isolation_level="READ COMMITTED")
+        self.connection = open_connection(STATEMENT_SECONDS)
         with self.transaction() as sql, locking("One of the tables"):
             run_create_table(sql)
             self._checked = self._version(sql)
@@ -1468,11 +1518,7 @@ class Database:
         is raised, rolled back; the first error is the one that is raised."""
         try:
             with self.connection.cursor() as sql:
-                sql.execute(
-                    "SET LOCAL idle_in_transaction_session_timeout = %s; "
-                    "SET LOCAL lock_timeout = %s",
-                    [f"{IDLE_SECONDS}s", f"{LOCK_SECONDS}s"],
-                )
+                set_time_limits(sql, IDLE_SECONDS, STATEMENT_SECONDS)
                 yield sql
             self.connection.commit()
         except BaseException:
@@ -1506,7 +1552,8 @@ class Database:
 
     def _check_tables(self, sql):
         if self._version(sql) != self._checked:
-            run_create_table(sql)
+            with locking("One of the tables"):
+                run_create_table(sql)
             self._checked = self._version(sql)
 
     def _version(self, sql):
@@ -1525,13 +1572,54 @@ def run_create_table(sql):
         raise Failure(sentence(error)) from error  # it may end with a statement to be copied
 
 
-def wait_for_statement(connection):
+def set_time_limits(sql, idle_seconds, statement_seconds):
+    """Have PostgreSQL end the transaction of a processor that vanished or stands still, and give up
+    a lock after LOCK_SECONDS, and a statement after statement_seconds, unless it has a limit."""
+    sql.execute(
+        "SELECT set_config('idle_in_transaction_session_timeout', %s, true), "
+        "set_config('lock_timeout', %s, true), "
+        "set_config('statement_timeout', CASE current_setting('statement_timeout') "
+        "WHEN '0' THEN %s ELSE current_setting('statement_timeout') END, true)",
+        [f"{1000 * seconds:.0f}" for seconds in (idle_seconds, LOCK_SECONDS, statement_seconds)],
+    )
+
+
+def open_connection(statement_seconds):
+    """Return a connection whose statements are waited for a little longer than statement_seconds.
+    Raise Failure or psycopg2.Error.
+
+    A thread of its own connects: libpq tries one address after the other, and meanwhile no signal's
+    handler would run in it.
+    """
+    outcome = []
+
+    def work():
+        try:
+            outcome.append(connect(connect_timeout=CONNECT_SECONDS))
+        except Exception as error:
+            outcome.append(error)
+
+    psycopg2.extensions.set_wait_callback(None)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    (connection,) = outcome
+    if isinstance(connection, Exception):
+        raise connection
+    psycopg2.extensions.set_wait_callback(
+        functools.partial(wait_for_statement, 1.1 * statement_seconds)
+    )
+    connection.set_session(isolation_level="READ COMMITTED")
+    return connection
+
+
+def wait_for_statement(seconds, connection):
     """Wait until PostgreSQL has answered: psycopg2 calls this instead of waiting in libpq, where a
-    signal's handler would not run. Raise Failure after STATEMENT_SECONDS."""
+    signal's handler would not run. Raise Silent after some seconds."""
     try:
-        wait_for(connection, time.monotonic() + STATEMENT_SECONDS)
+        wait_for(connection, time.monotonic() + seconds)
     except TimeoutError:
-        raise Silent(f"PostgreSQL has not answered for {STATEMENT_SECONDS} seconds.") from None
+        raise Silent(f"PostgreSQL has not answered for {seconds:.0f} seconds.") from None
 
 
 class Silent(Failure):
@@ -1540,13 +1628,10 @@ class Silent(Failure):
 
 # ---- Applying logs ------------------------------------------------------------------------
 
-# What ends with a transaction or a connection, so that another attempt may succeed. The first
-# three may come from the size of a chunk.
-TOO_MUCH = (ChildDied, Silent, MemoryError)
-PASSING = (*TOO_MUCH, Locked, psycopg2.OperationalError, psycopg2.InterfaceError)
-# What PostgreSQL refuses because of one log's events: a CHECK, a foreign key, no partition for a
-# row, what a trigger raises, a number out of range.
-REFUSED = (psycopg2.IntegrityError, psycopg2.DataError, psycopg2.errors.RaiseException)
+# What may come from the size of a chunk.
+TOO_MUCH = (ChildDied, Silent, MemoryError, psycopg2.errors.QueryCanceled)
+# What ends with a transaction or a connection, so that another attempt may succeed.
+PASSING = (*TOO_MUCH, Locked, Disturbed, psycopg2.OperationalError, psycopg2.InterfaceError)
 
 
 def rotated_logs(path, list_directory):
@@ -1580,7 +1665,7 @@ class Applied(NamedTuple):
 
     version: tuple  # of the file then: its size and the time of its last change
     log_id: bytes | None
-    position: int  # that was recorded; -1 for none
+    position: int | None  # that was recorded
     again_at: float  # when a refused log is tried again, in seconds of time.monotonic
 
 
@@ -1598,24 +1683,25 @@ class Applier:
 
     database     the Database, or what stands for it
     from_start   whether recorded positions are not used for a file that is read for the first time
-    read         identities of the files that were applied from their start for that reason
-    done         {identity of a file: Applied}; it ends with the connection: another database, or
-                 a restored one, may know less
+    read_whole   identities of the files that were applied from their start for that reason
+    done         {identity of a file: Applied} of those that need no further look while they are as
+                 they are; it ends with the connection: another database, or a restored one, may
+                 know less
     recorded     {log_id: RecordedPosition} at the beginning of this look at the logs
-    told         {log_id: the offset up to which its rejected lines were said}
+    named_up_to  {identity of a file: the offset up to which its rejected lines were said}
     failed       whether a line was rejected, or a log could not be applied
     troubles     what is wrong at present
     chunk_bytes  the size of a chunk, smaller after failures
-    progress     whether events were applied since somebody last set it to False
+    progress     whether events were applied since run() last set it to False
     """
 
     def __init__(self, database, from_start=False):
         self.database = database
         self.from_start = from_start
-        self.read = set()
+        self.read_whole = set()
         self.done = {}
         self.recorded = {}
-        self.told = {}
+        self.named_up_to = {}
         self.failed = False
         self.troubles = Troubles()
         self.chunk_bytes = CHUNK_BYTES
@@ -1630,7 +1716,9 @@ class Applier:
         self.recorded = self.database.recorded_positions()
         for identity, applied in list(self.done.items()):
             known = self.recorded.get(applied.log_id)
-            if applied.position >= 0 and (known is None or known.position < applied.position):
+            if applied.position is None:
+                continue
+            if known is None or known.position < applied.position:
                 del self.done[identity]
 
     def find_logs(self, paths):
@@ -1680,27 +1768,26 @@ class Applier:
     def apply(self, log):
         """Apply an open log from where the database knows it, and say what came of it.
 
-        Return whether it is done. It is not if it cannot be read, which is named, or if it was
-        renamed and somebody holds its lock. Raise Failure or psycopg2.Error when no log can be
-        applied.
+        Return whether it needs no further look: it was applied, or PostgreSQL refused it. If it
+        cannot be read, that is named. Raise Failure or psycopg2.Error when no log can be applied.
         """
-        identity = identity_of(log)
-        version = version_of(log)
         lock_seconds = LOCK_SECONDS
         if log.path in self.troubles:
-            lock_seconds = 0  # it may be the lock, which was waited for already
-        position = -1
+            lock_seconds = POLL_SECONDS  # it may be the lock, which was waited for already
+        position = None
         again_at = float("inf")
         try:
+            identity = identity_of(log)
+            version = version_of(log)
             if not log.find_end(lock_seconds):
-                return False
+                return False  # it was renamed, and somebody holds its lock
             position = self.apply_what_is_new(log)
         except OSError as error:
             self.say_trouble(log.path, error)
             return False
-        except REFUSED as error:
+        except Refused as error:
             self.failed = True
-            self.troubles.begin(log.path, f"PostgreSQL refused it: {sentence(error)}.")
+            self.troubles.begin(log.path, str(error))
             again_at = time.monotonic() + MAX_BACKOFF_SECONDS
         else:
             self.troubles.end(log.path, "is read again.")
@@ -1709,25 +1796,25 @@ class Applier:
 
     def apply_what_is_new(self, log):
         """Apply an open log, whose end is known, and say what came of it; return its recorded
-        position, -1 for none."""
+        position, None without one."""
         identity = identity_of(log)
-        from_start = self.from_start and identity not in self.read
+        from_start = self.from_start and identity not in self.read_whole
         summary = Summary()
         position = log.end
         known = self.recorded.get(log.log_id)
-        read_whole = RecordedPosition(log.end, log.digest(log.end))
-        if from_start or known != read_whole:
+        at_end = RecordedPosition(log.end, log.digest(log.end))
+        if from_start or known != at_end:
             position = self.apply_chunks(log, from_start, summary)
-        self.read.add(identity)
+        self.read_whole.add(identity)
         show_progress("")
         self.say_summary(log, summary)
         return position
 
     def apply_chunks(self, log, from_start, summary):
         """Apply an open log chunk by chunk, and add to summary what comes of it; return its
-        recorded position, -1 for none."""
+        recorded position, None without one."""
         reading = Reading()
-        position = -1
+        position = None
         while reading.end < log.end:
             chunk = None
             try:
@@ -1743,25 +1830,27 @@ class Applier:
             summary.repeated += chunk.repeated
             events = summary.applied + summary.repeated + summary.rejected
             show_progress(f"{log.path}: {chunk.end / log.end:.0%}, {events:,} events")
-            if chunk.end == chunk.start:
-                break  # nothing is new, or the file was truncated meanwhile
-            reading = Reading(chunk.end, reading.without_id + chunk.without_id)
+            if chunk.end == chunk.start and chunk.end < log.end:
+                raise change_of(log)  # it was truncated
+            no_id_rejected = reading.no_id_rejected + chunk.no_id_rejected
+            reading = Reading(chunk.end, no_id_rejected)
         return position
 
     def say_rejected(self, log, rejected, summary):
         """Name rejected lines of a log that were not said before, and count them in summary."""
-        told = self.told.get(log.log_id, 0)
-        if told > log.end:
-            told = 0  # it was cut, and may have other lines there now
+        identity = identity_of(log)
+        named_up_to = self.named_up_to.get(identity, 0)
+        if named_up_to > log.end:
+            named_up_to = 0  # it was cut, and may have other lines there now
         for line in rejected:
             self.failed = True
-            if line.offset < told:
+            if line.offset < named_up_to:
                 continue
-            told = line.offset + 1
+            named_up_to = line.offset + 1
             summary.rejected += 1
             if summary.rejected <= NAMED_LINES:
                 warn(f"{log.path}: byte {line.offset}: {line.reason}")
-        self.told[log.log_id] = told
+        self.named_up_to[identity] = named_up_to
 
     def say_summary(self, log, summary):
         """Say what came of a log."""
@@ -1823,7 +1912,9 @@ def run(paths, from_start=False):
                     failures = 0
                     applier.progress = False
                 failures += 1
-                if applier.database.connection is None or failures >= ATTEMPTS:
+                if applier.database.connection is None:
+                    raise  # it was never reached: it is misnamed rather than restarting
+                if failures >= ATTEMPTS:
                     raise
                 if isinstance(error, Locked):
                     applier.troubles.begin("Waiting", str(error))
@@ -1917,25 +2008,27 @@ class Follower(Applier):
     def notice_renamed(self):
         """Take logs that were renamed or removed from held to renamed."""
         for path, log in list(self.held.items()):
-            if not leads_to(path, log.file.fileno()):
+            try:
+                renamed = not leads_to(path, log.file.fileno())
+            except OSError as error:
+                self.say_trouble(path, error)
+                continue
+            if renamed:
                 del self.held[path]
                 self.renamed.append(Renamed(log, time.monotonic()))
 
     def apply_renamed(self):
-        """Read renamed logs to their end. Once find_end has had the lock, nobody writes to one any
-        more: writers look at the name first. What cannot be read for LOCK_SECONDS is given up: it
-        may be found under its new name."""
-        waiting = []
-        for renamed in self.renamed:
-            if self.apply(renamed.log):
-                renamed.log.close()
-            elif time.monotonic() < renamed.since + LOCK_SECONDS:
-                waiting.append(renamed)
-            else:
-                words = "was renamed, and another program holds its lock; its last lines may wait."
+        """Read renamed logs to their end. Once find_end has had the lock, no server writes to one
+        any more: writers look at the name first. One that cannot be read to its end is given up
+        after LOCK_SECONDS: it may be found under its new name."""
+        for renamed in list(self.renamed):
+            if not self.apply(renamed.log):
+                if time.monotonic() < renamed.since + LOCK_SECONDS:
+                    continue
+                words = "was renamed, and could not be read to its end under its old name."
                 self.troubles.begin(renamed.log.path, words)
-                renamed.log.close()
-        self.renamed = waiting
+            self.renamed.remove(renamed)  # each by itself: applying the next one may raise
+            renamed.log.close()
 
     def say_summary(self, log, summary):
         """Say what came of a log, if anything did."""
@@ -1944,16 +2037,23 @@ class Follower(Applier):
 
 
 class Audit(Applier):
-    """Applies logs from their starts to temporary tables, which hide the real ones, in one
-    transaction that is never committed. It stands for its own database."""
+    """Applies logs to temporary tables, which hide the real ones, in one transaction that is never
+    committed.
+
+    It stands for its own database, of which apply_new_logs() needs counting() alone. prepare() is
+    never called: so no position is known, and every log is read from its start.
+
+    connection  to PostgreSQL
+    _table      the real users_revenue with its schema, because it is hidden
+    """
 
     def __init__(self):
         super().__init__(database=self)
         self.connection = None
-        self._table = None  # the real users_revenue with its schema, because it is hidden
+        self._table = None
 
     def close(self):
-        """Forget it all: roll the transaction back, whoever shares the connection."""
+        """Forget it all: roll the transaction back, because a pooler may keep the connection."""
         if self.connection is not None:
             with contextlib.suppress(psycopg2.Error):
                 self.connection.rollback()
@@ -1961,14 +2061,9 @@ class Audit(Applier):
 
     def begin(self):
         """Connect and make the temporary tables. Raise Failure or psycopg2.Error."""
-        psycopg2.extensions.set_wait_callback(wait_for_statement)
-        self.connection = connect(connect_timeout=LOCK_SECONDS)
-        self.connection.set_session(isolation_level="READ COMMITTED")
+        self.connection = open_connection(VERIFY_SECONDS)
         with self.counting() as sql:  # psycopg2 begins the transaction
-            sql.execute(
-                "SET LOCAL idle_in_transaction_session_timeout = %s; SET LOCAL lock_timeout = %s",
-                [f"{VERIFY_IDLE_SECONDS}s", f"{LOCK_SECONDS}s"],
-            )
+            set_time_limits(sql, VERIFY_SECONDS, VERIFY_SECONDS)
             sql.execute(
                 """
                 SELECT format('%I.%I', nspname, relname), current_setting('search_path')

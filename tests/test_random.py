@@ -101,7 +101,7 @@ class Properties(SystemTest):
                     first = 1000 * number + line
                 spans.append(data_processor.Span(producer, first, first + count, line))
                 line += count
-            tallies.append(data_processor.Tally(None, 0, line, 0, 0, spans, [], b"{}"))
+            tallies.append(data_processor.Tally(None, 0, line, 0, 0, spans, [], b"{}", b""))
         return tallies
 
     def test_new_ids_are_found_as_sets_would_find_them(self):

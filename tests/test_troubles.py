@@ -20,6 +20,11 @@ class OneTrouble(SystemTest):
             "a foreign key": "CREATE TABLE IF NOT EXISTS customers (id text PRIMARY KEY);"
             "INSERT INTO customers VALUES ('good') ON CONFLICT DO NOTHING;"
             "ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES customers",
+            "a trigger with a code of its own": "CREATE OR REPLACE FUNCTION refuses() "
+            "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN IF NEW.user_id = ''bad'' THEN "
+            "RAISE EXCEPTION ''no bad user'' USING ERRCODE = ''42501''; END IF; RETURN NEW; END';"
+            "CREATE TRIGGER refusing BEFORE INSERT ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION refuses()",
             "a trigger": "CREATE OR REPLACE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS "
             "'BEGIN IF NEW.user_id = ''bad'' THEN RAISE EXCEPTION ''no bad user''; END IF; "
             "RETURN NEW; END';"
@@ -177,6 +182,58 @@ class OneTrouble(SystemTest):
         self.assertEqual(first.count("byte "), 100)
         self.assertNotIn("byte ", later)
         self.assertRevenue({"u": 200, "user1": 3})
+
+    def test_logs_that_are_renamed_at_once_are_read_although_one_fails(self):
+        first = self.path("a", with_id("p", 1))
+        second = self.path("b", with_id("q", 1))
+        follower = data_processor.Follower([str(first), str(second)])
+        self.addCleanup(follower.database.close)
+        with captured():
+            follower.prepare()
+            follower.look()
+            for log, producer in ((first, "p"), (second, "q")):
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(with_id(producer, 2))
+                log.rename(self.directory / f"archived-{producer}")
+            follower.notice_renamed()
+            apply = data_processor.Applier.apply
+
+            def fail_for_b(applier, log):
+                if log.path == str(second):
+                    raise data_processor.ChildDied("It died.")
+                return apply(applier, log)
+
+            with unittest.mock.patch.object(data_processor.Applier, "apply", fail_for_b):
+                with self.assertRaises(data_processor.ChildDied):
+                    follower.apply_renamed()
+            follower.apply_renamed()
+        self.assertEqual(follower.renamed, [])
+        self.assertRevenue({"user1": 4})
+
+    def test_two_logs_with_one_first_line_have_their_own_bad_lines_named(self):
+        first = with_id("p", 1)
+        self.path("log.1", first + with_id("p", 2) + "bad one\n")
+        log = self.path("log", first + "bad two\n")
+        _, errors = self.processor(log, status=1)
+        self.assertEqual(errors.count("not JSON"), 2)
+
+    def test_a_directory_that_became_a_file_stops_only_its_log(self):
+        directory = self.path("a")
+        directory.mkdir()
+        (directory / "log").write_text(with_id("p", 1), encoding="utf-8")
+        other = self.path("log", with_id("q", 1))
+        follower = data_processor.Follower([str(directory / "log"), str(other)])
+        self.addCleanup(follower.database.close)
+        self.addCleanup(lambda: [held.close() for held in follower.held.values()])
+        with captured():
+            follower.prepare()
+            follower.look()
+            directory.rename(self.directory / "a.old")
+            self.path("a", "")
+            with open(other, "a", encoding="utf-8") as file:
+                file.write(with_id("q", 2))
+            follower.look()
+        self.assertRevenue({"user1": 3})
 
     def test_many_logs_are_looked_up_in_one_listing(self):
         logs = [str(self.path(f"log{number}", "")) for number in range(50)]

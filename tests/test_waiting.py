@@ -3,6 +3,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,14 @@ def open_transaction(statement):
     with contextlib.closing(connection), connection.cursor() as sql:
         sql.execute(statement)
         yield connection
+
+
+def without_place(url):
+    """Return a function that gives the parts of a database URL but for host and port."""
+    parts = psycopg2.extensions.parse_dsn(url)
+    parts.pop("host", None)
+    parts.pop("port", None)
+    return lambda _: parts
 
 
 class Locks(SystemTest):
@@ -79,6 +88,41 @@ class Locks(SystemTest):
         self.assertRevenue({"user1": 2})
         run.communicate()
 
+    def test_rows_that_are_deleted_while_they_are_waited_for_lose_nothing(self):
+        log = self.path("log", with_id("a", 1) + with_id("p", 1))
+        self.processor(log)
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(with_id("a", 2) + with_id("p", 2))
+        held = "SELECT FROM event_producers WHERE producer_id = 'a' FOR UPDATE"
+        with open_transaction(held) as connection:
+            run = self.start("data_processor.py", log)
+            waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            wait_until(lambda: query(waiting), "it waits for the producers")
+            query("DELETE FROM event_producers WHERE producer_id = 'p'")
+            connection.rollback()
+        _, errors = run.communicate(timeout=30)
+        self.assertEqual(run.returncode, 0, errors)
+        self.assertRevenue({"user1": 4})
+
+    def test_a_line_that_is_mended_while_rows_are_waited_for_is_counted(self):
+        mended = with_id("p", 3).replace(" 1,", "  1,", 1)
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(with_id("p", 2) + mended.replace("  1,", ' "",'))
+        with open_transaction("UPDATE users_revenue SET revenue = revenue") as connection:
+            run = self.start("data_processor.py", log)
+            waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            wait_until(lambda: query(waiting), "it waits for a user")
+            text = log.read_text(encoding="utf-8")
+            log.write_text(text.replace(' "",', "  1,"), encoding="utf-8")
+            connection.rollback()
+        _, errors = run.communicate(timeout=30)
+        self.assertEqual(run.returncode, 1, errors)
+        self.assertIn("was changed while it was read", errors)
+        self.processor(log)
+        self.assertRevenue({"user1": 3})
+
     def test_ctrl_c_ends_a_run_that_waits_for_a_lock_at_once(self):
         log = self.path("log", with_id("p", 1))
         self.processor(log)
@@ -100,7 +144,7 @@ class Locks(SystemTest):
                               "data_processor.LOCK_SECONDS = 0.1", locked, other)
             _, errors = run.communicate(timeout=30)
         self.assertEqual(run.returncode, 1)
-        self.assertIn(f"{locked}: another program holds its lock", errors)
+        self.assertIn(f"{locked}: another program has held its lock", errors)
         self.assertRevenue({"user1": 1})
 
     def test_a_follower_goes_on_although_a_stranger_locks_a_renamed_log(self):
@@ -126,7 +170,7 @@ class StandStill(SystemTest):
         log = self.path("log", with_id("p", 1))
         stop = (
             "import os, signal\n"
-            "data_processor.CHILD_SECONDS = 0.5\n"
+            "data_processor.SILENT_CHILD_SECONDS = 0.5\n"
             "send_tally = data_processor.send_tally\n"
             "def stopped_once(*arguments):\n"
             f"    with open({str(self.path('stopped'))!r}, 'a+') as marker:\n"
@@ -146,7 +190,7 @@ class StandStill(SystemTest):
         log = self.path("log", with_id("p", 1))
         stop = (
             "import os, signal\n"
-            "data_processor.CHILD_SECONDS = 0.5\n"
+            "data_processor.SILENT_CHILD_SECONDS = 0.5\n"
             "data_processor.ATTEMPTS = 2\n"
             "def half(log, part, marks, pipe):\n"
             "    os.write(pipe, b'half of a result')\n"
@@ -192,13 +236,57 @@ class StandStill(SystemTest):
     def test_a_database_that_stands_still_is_given_up(self):
         log = self.path("log", with_id("p", 1))
         database = data_processor.Database()
-        database.connect()
+        with settings(STATEMENT_SECONDS=2):
+            database.connect()
         backend = database.connection.get_backend_pid()
         with stopped_backend(backend):
-            with settings(STATEMENT_SECONDS=0.2), self.assertRaises(data_processor.Silent):
+            with self.assertRaises(data_processor.Silent):
                 database.recorded_positions()
             self.assertTrue(database.connection.closed)
         self.processor(log)
+
+    def test_a_silent_host_is_given_up_for_the_next(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            server = query("SELECT host(inet_server_addr()), inet_server_port()")
+            ((host, port),) = server
+            parameters = {
+                "host": f"127.0.0.1,{host or 'localhost'}",
+                "port": f"{silent.getsockname()[1]},{port or os.environ.get('PGPORT', '5432')}",
+                "connect_timeout": 2,
+            }
+            connect = data_processor.connect
+            with unittest.mock.patch.object(
+                data_processor, "connect", lambda **_: connect(**parameters)
+            ), unittest.mock.patch.object(
+                data_processor, "parse_database_url", without_place(os.environ["DATABASE_URL"])
+            ):
+                connection = data_processor.open_connection(60)
+        with contextlib.closing(connection), connection.cursor() as sql:
+            sql.execute("SELECT 1")
+            self.assertEqual(sql.fetchall(), [(1,)])
+
+    def test_a_statement_that_takes_too_long_makes_the_chunk_smaller(self):
+        log = self.path("log", "".join(with_id("p", number) for number in range(1, 5001)))
+        slow = (
+            "data_processor.STATEMENT_SECONDS = 1\n"
+            "data_processor.SLICE_BYTES = 1024\n"
+            "data_processor.CHUNK_BYTES = 512 * 1024\n"
+            "init = data_processor.Applier.__init__\n"
+            "def small(self, *arguments):\n"
+            "    init(self, *arguments)\n"
+            "    self.chunk_bytes = data_processor.CHUNK_BYTES\n"
+            "data_processor.Applier.__init__ = small\n"
+            "count_once = data_processor.count_once\n"
+            "def count(sql, log, tallies):\n"
+            "    events = sum(tally.events for tally in tallies)\n"
+            "    if events > 2000: sql.execute('SELECT pg_sleep(10)')\n"
+            "    return count_once(sql, log, tallies)\n"
+            "data_processor.count_once = count"
+        )
+        run = run_patched(slow, log)
+        _, errors = run.communicate(timeout=60)
+        self.assertEqual(run.returncode, 0, errors)
+        self.assertRevenue({"user1": 5000})
 
     def test_the_network_is_watched_while_data_is_unacknowledged(self):
         with contextlib.closing(data_processor.connect()) as connection:

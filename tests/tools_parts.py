@@ -123,7 +123,7 @@ def apply_uncommitted(path, connection):
 
 def read_lines(text, start=0):
     """Return the BlockRows of lines that begin at an offset of a log."""
-    block = data_processor.Block(start, text, start + len(text))
+    block = data_processor.Block(start, text, start + len(text), text)
     return data_processor.read_rows(block, data_processor.COUNT)
 
 
