@@ -57,6 +57,7 @@ PROMISES = {
     "test_chunks": "Several cores count what one would count, in bounded memory.",
     "test_following": "Rotated logs are found, and --follow reads on through outages.",
     "test_waiting": "The processor waits for nobody without a bound and a word.",
+    "test_not_promised": "What is not promised is what the README says.",
     "test_troubles": "The trouble of one log stops that log alone.",
     "test_tables": "The tables fit, or the processor says what mends them.",
     "test_belonging": "Tables that do not belong together are refused.",
@@ -73,13 +74,13 @@ NOT_PROMISED = {
     "A sender that gives no event ids": "test_requests",
     "So can `client.py` if": "nobody else keeps the ids",
     "An event id that is used again": "test_exactly_once",
-    "Two hard links": "test_delivery",
+    "Two hard links": "test_not_promised",
     "Keep the logs until": "test_following",
     "`copytruncate` of logrotate": "test_following",
     "A log without event ids": "test_logs",
     "The database keeps one row": "it is a matter of space",
     "A line that is longer": "test_lines",
-    "The server sends no CORS headers": "test_access",
+    "The server sends no CORS headers": "test_not_promised",
 }
 
 
