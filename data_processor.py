@@ -81,7 +81,7 @@ CHUNK_BYTES = 128 * 1024 * 1024
 # A chunk is not cut into smaller slices than that.
 SLICE_BYTES = 2 * 1024 * 1024
 # After a failure that may come from its size, a chunk is this many times smaller, down to
-# SMALLEST_CHUNK_BYTES, and grows again as chunks succeed.
+# SMALLEST_CHUNK_BYTES, until all logs were looked at.
 SHRINK = 4
 SMALLEST_CHUNK_BYTES = 64 * 1024
 # Estimated memory of what the children of one chunk send to the parent. A child stops early at
@@ -103,7 +103,7 @@ SILENT_CHILD_SECONDS = 30
 IDLE_SECONDS = 60
 # A lock that somebody else holds, on a log or on rows, is waited for in steps of so long.
 LOCK_SECONDS = 10
-# An address of PostgreSQL that does not take a connection for so long is given up for the next one.
+# An address of PostgreSQL that takes no connection for so long is given up for the next one.
 CONNECT_SECONDS = 10
 # PostgreSQL cancels a statement after so long. One without an answer for a tenth more has failed:
 # its host or its process stands still.
@@ -134,6 +134,7 @@ class Failure(Exception):
 
 
 # ---- What server.py uses, too -------------------------------------------------------------
+
 # ---- Printing
 
 
@@ -187,7 +188,7 @@ def printable(words):
     escaped = []
     for character in words:
         if not character.isprintable():
-            character = ascii(character)[1:-1]
+            character = character.encode("unicode_escape").decode()
         escaped.append(character)
     return "".join(escaped)
 
@@ -264,6 +265,7 @@ EVENT = (
     rb'\{"userId": ?"([^"\\\x00-\x1f]{1,255}+)", ?"name": ?"(add|subtract)_revenue", ?'
     rb'"value": ?(-?(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?)'
 )
+# The first line of a log has the field log, too: see add_log_field in server.py.
 STAMP_AT_END = re.compile(
     rb'(?:, "log": "[0-9a-f]+")?, "producerId": "[^"]+", "sequence": [0-9]+\}$'
 )
@@ -393,13 +395,6 @@ def check_reserved(event):
 # ---- The file of a log
 
 
-def usable_cores():
-    """Return on how many cores this process may run."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
 def open_regular(path, flags, mode=0o640):
     """Return a descriptor of the regular file at path, or raise OSError, also if it is anything
     else."""
@@ -458,7 +453,7 @@ def is_log(fd):
             decode_log_line(line)
             return True
         return False
-    return beginning[:1] in (b"", b"{", b"\0")
+    return beginning[:1] in (b"", b"{", b"\0")  # a power cut can leave NULs
 
 
 def end_of_events(fd, size):
@@ -504,11 +499,22 @@ def decode_log_line(line):
     user = json.dumps(event["userId"], ensure_ascii=False)[1:-1].encode()
     producer = event.get("producerId")
     sequence = event.get("sequence")
+    # amount has the sign of a subtraction already.
     if sequence is None:
-        check_reserved(event)
+        check_reserved(event)  # a part of a stamp is no stamp
         return LogLine(user, b"add", amount, b"", b"", b"")
     check_id(producer, sequence)
     return LogLine(user, b"add", amount, producer.encode(), b"%d" % sequence, b"")
+
+
+# ---- The machine
+
+
+def usable_cores():
+    """Return on how many cores this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 # ---- The connection to PostgreSQL
@@ -555,6 +561,7 @@ def parse_database_url(url):
     is malformed, any part of it may be a part of the password."""
     with contextlib.suppress(psycopg2.ProgrammingError):
         parts = psycopg2.extensions.parse_dsn(url)
+        # libpq would take an unescaped @ / or : of a password for a host or a port, and print it.
         is_url = "://" in url
         one_at = re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
         ports = re.fullmatch("[0-9,]*", parts.get("port", ""))
@@ -783,7 +790,7 @@ class LogReader:
         """Return the offset itself if a line begins there, else where the next one begins, or
         end."""
         while offset < self.end:
-            data = self.read(offset - 1, BLOCK_BYTES)
+            data = self.read(offset - 1, BLOCK_BYTES)  # the LF before it tells that a line begins
             newline = data.find(b"\n")
             if newline >= 0:
                 return min(offset + newline, self.end)
