@@ -1063,7 +1063,8 @@ class TallyProcess:
         while True:
             if not poll.poll(1000 * SILENT_CHILD_SECONDS):
                 raise ChildDied(
-                    f"A process that reads {self._path} stood still for {SILENT_CHILD_SECONDS} seconds."
+                    f"A process that reads {self._path} stood still for "
+                    f"{SILENT_CHILD_SECONDS} seconds."
                 )
             data = os.read(self._reading_end, 1024 * 1024)
             if not data:
