@@ -1079,8 +1079,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             # thread would be woken twice a request.
             while not self.close_connection and self.rfile.peek(1):
                 self.state.begin_request()
-                if self.close_connection:  # as the previous answer has announced
-                    return
+                # Only now is close_connection as the previous answer has announced it.
+                if self.close_connection:
+                    self.state.end_request()  # none is begun
+                    break
                 self.state.deadline = time.monotonic() + REQUEST_SECONDS
                 self.handle_one_request()
         self.state.begin_request()  # none will come, but the last answer may still be owed

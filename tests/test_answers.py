@@ -224,6 +224,25 @@ class Answering(RequestTest):
                 self.assertEqual(read_answer(wire)[0], 500)
             self.assertEqual(said[-1], "ZeroDivisionError")
 
+    def test_an_answer_from_another_thread_is_not_lost_with_an_unread_body(self):
+        asked = []
+        with (
+            serving(unittest.mock.Mock(failed=None), DRAIN_SECONDS=5) as worker,
+            socket.create_connection(worker.address, timeout=20) as wire,
+        ):
+            worker.database.find_revenue = lambda _user, answer: asked.append(answer)
+            wire.sendall(request("GET", "/userEvents/user1", "Content-Length: 100000"))
+            wait_until(lambda: asked, "the revenue is asked for")
+            [connection] = worker.connections.values()
+            before = connection.received
+            wire.sendall(b"x" * 100_000)
+            wait_until(lambda: connection.received > before, "the body comes")
+            [answer] = asked
+            answer("1")
+            status, headers, _ = read_answer(wire)
+            self.assertEqual((status, headers["Connection"]), (200, "close"))
+            self.assertEqual(wire.recv(1), b"", "the end of the connection, and no reset")
+
     def test_a_rejected_line_costs_its_message_alone(self):
         tracemalloc.start()
         try:
