@@ -1437,8 +1437,8 @@ class Worker:
             self._selector.register(lifeline, selectors.EVENT_READ)
             ready = set()
             while lifeline not in ready and not self.log.failed:
-                if self._listener in ready:
-                    self.accept()
+                if self._listener in ready or self._accepted is not None:
+                    self.accept()  # what it cannot serve yet is tried again after the next look
                 ready = self.wait(LOOK_SECONDS)
         self.stop()
         if self.log.failed:
