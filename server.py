@@ -4,7 +4,7 @@ The answer 200 is sent only after the event's line was written and synced, so th
 survives kill -9 and a power cut.
 """
 # The parts in order: settings; work that is shared (Rounds); lines of events; the log
-# (LogWriter); the database (Database); requests as they are read; their answers (Handler, one for
+# (LogWriter); the database (Revenues); requests as they are read; their answers (Handler, one for
 # each connection); processes (Worker, Supervisor); the command line.
 import argparse
 import collections
@@ -95,7 +95,7 @@ MAX_HEAD_BYTES = 64 * 1024
 HELD_BODY_BYTES = 64 * 1024 * 1024
 # Answers that their peers do not read. Who is over it is cut off.
 UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
-# Batches that are decoded and stamped at the same time; further ones wait.
+# Batches that are decoded, stamped and handed to the log at the same time; further ones wait.
 DECODED_BATCHES = 8
 # Lines that wait for the disk; further ones wait until these are being written.
 GROUP_BYTES = 16 * 1024 * 1024
@@ -106,7 +106,7 @@ PIECE_BYTES = 64 * 1024
 REQUEST_SECONDS = 30
 # A peer may take so long to read an answer and to begin the next request. Load balancers reuse a
 # connection for 60 seconds.
-IDLE_SECONDS = 75
+PEER_IDLE_SECONDS = 75
 # Lines wait for the log's lock for LOCK_SECONDS, the disk included. If the disk alone took that
 # long, the lock is still waited for so long: another worker may hold it for a moment.
 LEAST_LOCK_SECONDS = 1
@@ -190,7 +190,7 @@ class Rounds:
         self._members = []  # of the next round
         self._size = 0  # of these members together
         self._turn = threading.Lock()  # held by the thread that works
-        self._bugs = []  # tracebacks; touched by the thread that works alone
+        self._bugs = []  # lines of tracebacks; only the thread that works touches them
 
     def join(self, item, answer, size=1):
         """Have item done and its outcome given to answer. Return what work returned if it was
@@ -200,7 +200,7 @@ class Rounds:
             self._members.append(Member(item, answer))
             self._size += size
             if len(self._members) > 1:
-                return None
+                return None  # who found the list empty works for all, and calls the others' answers
         with self._turn:
             members = self._begin()  # with all who came during the previous round
             report = self._work(members)
@@ -298,14 +298,15 @@ def judge_batch(lines):
     return Judgement(accepted, len(accepted), rejected)
 
 
-def stamp(lines, first):
-    """Return lines (each an object and LF) with consecutive event ids, from first on, put into
+def stamp(lines, first_id):
+    """Return lines (each an object and LF) with consecutive event ids, from first_id on, put into
     them."""
     # b'{...}\n{...}\n' becomes the template b'{..., "sequence": %d}\n{..., "sequence": %d}\n'.
-    end = b', "producerId": "%b", "sequence": %%d}\n' % first.producer.encode()
+    # No LF stands inside a line, so "}" and LF are always the end of one.
+    end = b', "producerId": "%b", "sequence": %%d}\n' % first_id.producer.encode()
     template = lines.replace(b"%", b"%%").replace(b"}\n", end)
     count = lines.count(b"\n")
-    sequences = range(first.sequence, first.sequence + count)
+    sequences = range(first_id.sequence, first_id.sequence + count)
     return template % tuple(sequences)
 
 
@@ -345,7 +346,7 @@ class Written(NamedTuple):
 class LogWriter:
     """The log as one worker appends to it; the other workers append to the same file.
 
-    What a round needs (_fd and _remark) is touched by the thread whose round it is alone.
+    Only the thread that works for a round touches what it needs (_fd and _remark).
     """
 
     def __init__(self, path):
@@ -363,7 +364,7 @@ class LogWriter:
         waiting = Waiting(lines, time.monotonic() + LOCK_SECONDS)
         written = self._rounds.join(waiting, answer, len(lines))
         if written is None:
-            return  # another thread does it, and has the last word
+            return  # another thread does it, and prints what is to be said
         if written.remark:
             warn(f"{self.path}: {written.remark}")
         if written.error is None:
@@ -422,7 +423,9 @@ class LogWriter:
             patience = max(LEAST_LOCK_SECONDS, deadline - time.monotonic())
             locked = lock_log(self.path, self._fd, fcntl.LOCK_EX, patience)
             if locked:
-                end = self._end_last_line()  # of a renamed file, too: it may be concatenated
+                # Also if it was renamed: with a torn end, a later line would be glued to it when
+                # logs are concatenated.
+                end = self._end_last_line()
                 if leads_to(self.path, self._fd):
                     return end
             self._close()  # it was renamed or removed
@@ -529,10 +532,10 @@ class NoAnswer(Exception):
     """The database did not say in time whether a user has revenue."""
 
 
-class Database:
-    """Users' revenue. Questions come in rounds, one query each, on one connection.
+class Revenues:
+    """Users' revenue in the database. Questions come in rounds, one query each, on one connection.
 
-    _connection and _opening are touched by the thread whose round it is alone.
+    Only the thread that works for a round touches _connection and _opening.
     """
 
     # One round trip and one transaction, with which the setting ends: a pooler may share the
@@ -556,7 +559,7 @@ class Database:
         question = Question(user, time.monotonic() + DATABASE_SECONDS)
         reason = self._rounds.join(question, answer)
         if reason is None:
-            return  # another thread asks, and has the last word
+            return  # another thread asks, and prints what is to be said
         if reason:
             self._troubles.begin("The database", f"{reason}.")
         else:
@@ -564,7 +567,7 @@ class Database:
 
     def _answer_round(self, members):
         """Answer the members of a round; return why the database did not, or ""."""
-        waiting = collections.deque(members)
+        waiting = collections.deque(members)  # _wait_or_refuse() removes those it has refused
         try:
             revenues = self._query(waiting)
         except Exception as error:  # whatever it is: everyone gets an answer
@@ -574,7 +577,7 @@ class Database:
             return sentence(error)
         for member in waiting:
             self._rounds.tell(member, revenues.get(member.item.user))
-        if len(waiting) < len(members):
+        if len(waiting) < len(members):  # it came too late for some
             return str(too_late())
         return ""
 
@@ -601,7 +604,7 @@ class Database:
         try:
             with self._connection.cursor() as sql:
                 sql.execute(self.QUERY, [users])
-                self._wait(functools.partial(wait_for, self._connection), waiting)
+                self._wait_or_refuse(functools.partial(wait_for, self._connection), waiting)
                 return dict(sql.fetchall())
         except psycopg2.errors.UndefinedTable:
             return {}  # before the tables exist, no user has revenue
@@ -613,18 +616,19 @@ class Database:
         interrupt it. A later round finds the connection that came too late for this one.
         """
         opening = self._opening
-        if opening is None or has_failed(opening):
+        if opening is None or has_failed(opening):  # after the round that asked for it
             opening = concurrent.futures.Future()
             thread = threading.Thread(target=open_connection, args=[opening], daemon=True)
             thread.start()
             self._opening = opening
-        self._wait(functools.partial(wait_for_future, opening), waiting)
+        self._wait_or_refuse(functools.partial(wait_for_future, opening), waiting)
         self._opening = None
         return opening.result()
 
-    def _wait(self, wait, waiting):
-        """Call wait(deadline) until it returns, and refuse those whose own deadline passes
-        meanwhile. Raise Failure when nobody waits any more."""
+    def _wait_or_refuse(self, wait, waiting):
+        """Call wait(deadline) until it returns. Meanwhile answer those whose own deadline passes
+        with NoAnswer, and remove them from waiting, where they stand in the order in which they
+        came. Raise Failure when nobody waits any more."""
         while waiting:
             try:
                 wait(waiting[0].item.deadline)
@@ -742,8 +746,10 @@ def not_whole():
 
 
 class Headers(dict):
-    """{name: value}, with names in lower case; like those of http.server, they are found in any
-    case. The values of a repeated field are joined."""
+    """{name: value}, with names in lower case. The values of a repeated field are joined.
+
+    Names are found in any case: whoever adds a method to Handler expects that of http.server.
+    """
 
     def __getitem__(self, name):
         return super().__getitem__(name.lower())
@@ -883,6 +889,7 @@ def read_chunks(rfile, hold):
         body += read_exactly(rfile, size, hold)
         if read_exactly(rfile, 2, hold) != b"\r\n":
             raise Refusal(400, "a chunk is longer than its size")
+    # They may be none: then the empty line stands directly behind that of the last chunk.
     trailers = read_lines(rfile, line)
     if TRAILERS.fullmatch(trailers, len(line)) is None:
         raise Refusal(400, "malformed trailer")
@@ -895,7 +902,7 @@ def check_local(headers):
     A web page can make a local browser send requests here under the page's own host name (DNS
     rebinding), and a proxy on this machine passes on what comes from anywhere.
     """
-    foreign = ""
+    foreign = ""  # what shows it; of several reasons, the last one is named
     if LOOPBACK_HOST.fullmatch(headers.get("host", "")) is None:
         foreign = "its Host is not localhost or a loopback address"
     origin = headers.get("origin")
@@ -983,10 +990,10 @@ class Connection:
         self.received = time.monotonic()
         # When the connection is cut off; math.inf while the server works on a whole request. The
         # handler's thread writes it until it hands a request over, then the one that answers.
-        self.deadline = self.received + IDLE_SECONDS
+        self.deadline = self.received + PEER_IDLE_SECONDS
         # Held while an answer is owed: taken by the handler's thread when a request begins, and
-        # released by the thread that sent the answer. (An Event costs so much more that 6 % fewer
-        # requests are served.)
+        # released by the thread that sent the answer, which may be another one. (An Event costs so
+        # much more that 6 % fewer requests are served.)
         self._owed = threading.Lock()
         # The peer does not read its answer, which a thread of its own goes on sending. The thread
         # that answers writes it.
@@ -1001,6 +1008,8 @@ class Connection:
 
     def end_request(self):
         """Take note that no answer is owed any more."""
+        # After a bug, settle() has done it already, and then the handler's thread, which reports
+        # the bug, answers 500. At any other time, one thread alone has the answer.
         if self._owed.locked():
             self._owed.release()
 
@@ -1049,8 +1058,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. Every request is read with strict framing, and answered once, in one send.
 
     The connection's own thread reads requests; an answer is sent by whichever thread has it, and
-    no request is begun before the previous one was answered. So no two threads use these fields
-    at once, besides those that http.server has:
+    no request is begun before the previous one was answered. So no two threads use the fields at
+    once. (handle() alone reads close_connection too early, and once more when it may.)
+
+    http.server's class opens and closes the files, and names the statuses. Its methods of reading
+    and answering are replaced, and keep their contracts. These fields are ours:
 
     state     the Connection
     framing   the Framing of the request
@@ -1197,7 +1209,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         user = read_user(resource)
         self.state.deadline = math.inf  # from now on the delay is the server's
         answer = functools.partial(self.settle, self.answer_revenue, user)
-        self.server.database.find_revenue(user, answer)
+        self.server.revenues.find_revenue(user, answer)
 
     def do_HEAD(self):
         """Answer as to GET; render() leaves the body out."""
@@ -1207,35 +1219,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Log the one event, or the valid lines of the batch, and have that answered when they
         are durable."""
         media = read_media_type(self.headers)
-        first = read_event_id(self.headers)
+        first_id = read_event_id(self.headers)
         body = self.read_body()
         self.state.deadline = math.inf  # from now on the delay is the server's
         if media == JSON:
-            self.log_event(body, first)
+            self.log_event(body, first_id)
         else:
             with self.server.decoding:
-                self.log_batch(body, first)
+                self.log_batch(body, first_id)
 
-    def log_event(self, body, first):
-        """Log the event in body, under the id first or one of this worker."""
+    def log_event(self, body, event_id):
+        """Log the event in body, under event_id or, without one, an id of this worker."""
         if not body.strip():
             raise Refusal(400, "the body is empty")
         try:
             line = judge_event(body.removesuffix(b"\n"))
         except ValueError as error:
             raise Refusal(400, str(error)) from None
-        if first is None:
-            first = self.server.assign_ids(1)
-        self.log_lines(stamp(line, first), b'{"message": "Event received"}')
+        if event_id is None:
+            event_id = self.server.assign_ids(1)
+        self.log_lines(stamp(line, event_id), b'{"message": "Event received"}')
 
-    def log_batch(self, body, first):
-        """Log the valid lines of body, under ids from first on or those of this worker."""
+    def log_batch(self, body, first_id):
+        """Log the valid lines of body, under ids from first_id on or, without one, ids of this
+        worker."""
         if not body.endswith(b"\n"):
             body += b"\n"
         count = body.count(b"\n")
         if count > MAX_LINES:
             raise Refusal(413, f"a batch must have at most {MAX_LINES} lines")
-        if first is not None and first.sequence + count - 1 > MAX_SEQUENCE:
+        if first_id is not None and first_id.sequence + count - 1 > MAX_SEQUENCE:
             raise Refusal(400, "the last line's sequence would be above 2^53 - 1")
         accepted, events, rejected = judge_batch(body)
         result = {"message": "Events received", "accepted": events, "rejected": rejected}
@@ -1243,14 +1256,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not accepted:
             self.answer(200, answer)
             return
-        if first is None:
+        if first_id is None:
             # Consecutive ids for the events alone: every gap would stay in the database.
             text = b"".join([lines.text for lines in accepted])
             self.log_lines(stamp(text, self.server.assign_ids(events)), answer)
             return
         stamped = []
         for lines in accepted:
-            event_id = EventId(first.producer, first.sequence + lines.index)
+            event_id = EventId(first_id.producer, first_id.sequence + lines.index)
             stamped.append(stamp(lines.text, event_id))
         self.log_lines(b"".join(stamped), answer)
 
@@ -1303,7 +1316,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status, body, headers=None):
         """Send the answer that is owed or, if the peer does not read, have it sent by a thread of
         its own. If that is not possible, end the connection."""
-        self.state.deadline = time.monotonic() + IDLE_SECONDS
+        self.state.deadline = time.monotonic() + PEER_IDLE_SECONDS
         try:
             rest = self.send_at_once(self.render(status, body, headers or {}))
             if rest:
@@ -1410,7 +1423,7 @@ class Worker:
         # These are for all threads.
         self.log = log
         self.authorization = authorization
-        self.database = Database()
+        self.revenues = Revenues()
         self.bodies = Account(HELD_BODY_BYTES)
         self.unread_answers = Account(UNREAD_ANSWER_BYTES)
         self.decoding = threading.BoundedSemaphore(DECODED_BATCHES)
@@ -1426,7 +1439,8 @@ class Worker:
         # These are for the main thread alone.
         self._listener = listener
         self._selector = selectors.DefaultSelector()
-        self._accepted = None  # a socket and its address that have no thread yet
+        # A socket and its address for which there was no thread; the next accept() takes it up.
+        self._accepted = None
 
     def run(self, lifeline):
         """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or
@@ -1450,13 +1464,13 @@ class Worker:
         return {key.fileobj for key, _ in self._selector.select(seconds)}
 
     def accept(self):
-        """Serve a connection from the backlog, in a thread of its own. Return False if there is
-        none, or if there is no room for it now."""
+        """Serve a connection from the backlog, in a thread of its own, and return True. Return
+        False if there is none, or no room for it now: try again later."""
         if len(self.connections) >= MAX_CONNECTIONS:
             self.make_room()
             return False
         try:
-            if self._accepted is None:
+            if self._accepted is None:  # else one is left for which there was no thread
                 self._accepted = self._listener.accept()
         except BlockingIOError:  # another worker was faster
             return False
@@ -1500,7 +1514,7 @@ class Worker:
             if connection.deadline == math.inf:
                 continue  # its request is worked on
             if connection.is_leaving:
-                return  # there will be room soon
+                return  # one is enough for now
             if connection.received > recently:
                 continue  # its next bytes may be on their way
             if longest is None or connection.received < longest.received:
@@ -1528,9 +1542,9 @@ class Worker:
     def assign_ids(self, count):
         """Return the first one of count event ids, for events that come without."""
         with self._id_lock:
-            first = EventId(self._producer, self._next_sequence)
+            first_id = EventId(self._producer, self._next_sequence)
             self._next_sequence += count
-        return first
+        return first_id
 
     def cut_off_overdue(self):
         """Cut off the connections that are past their deadlines."""
@@ -1576,7 +1590,7 @@ class Supervisor:
                 self._start_worker()
             say(announcement)
             while self._started:
-                self._take_note_of_ends()
+                self._reap()
                 self._start_missing()
         except WorkersStuck:
             warn("Workers did not stop in time and were killed; some requests have no answer.")
@@ -1602,11 +1616,12 @@ class Supervisor:
                 os.kill(process, signal.SIGKILL)
         raise WorkersStuck
 
-    def _take_note_of_ends(self):
-        """Take note of the workers that have ended; wait for one if none is missing."""
-        options = os.WNOHANG
-        if self._is_stopping() or len(self._started) == self._count:
-            options = 0
+    def _reap(self):
+        """Take note of all workers that have ended. Wait for the first one if there is nothing
+        else to do, because no worker is to be started."""
+        options = 0  # wait
+        if self._is_missing_one():
+            options = os.WNOHANG
         while self._started:
             # The handler of a signal runs while this waits, and then the waiting goes on.
             process, wait_status = os.waitpid(-1, options)
@@ -1615,19 +1630,23 @@ class Supervisor:
             started = self._started.pop(process, None)
             # Others are of an earlier program in this process, or orphans, if this is process 1.
             if started is not None:
-                self._note_end(os.waitstatus_to_exitcode(wait_status), started)
-                options = os.WNOHANG
+                self._worker_ended(os.waitstatus_to_exitcode(wait_status), started)
+                options = os.WNOHANG  # for those that have ended meanwhile
 
-    def _note_end(self, status, started):
-        """Take note that a worker ended with a status."""
+    def _is_missing_one(self):
+        return len(self._started) < self._count and not self._is_stopping()
+
+    def _worker_ended(self, status, started):
+        """Say that a worker, which was started at that time, ended with a status; stop the server
+        if its log failed or no worker lives long."""
         if status == EXIT_SYNC_FAILED:
             self._status = 1
             self._stop()
         elif not self._is_stopping():
             warn(f"A worker ended with status {status}; starting another.")
-            self._note_death(started)
+            self._count_quick_death(started)
 
-    def _note_death(self, started):
+    def _count_quick_death(self, started):
         """Give up if workers die as fast as they are started, and none lives longer."""
         recently = time.monotonic() - QUICK_DEATH_SECONDS
         oldest = min([started, *self._started.values()])
@@ -1642,7 +1661,7 @@ class Supervisor:
 
     def _start_missing(self):
         """Start a worker if one is missing and the server does not stop."""
-        if self._is_stopping() or len(self._started) == self._count:
+        if not self._is_missing_one():
             return
         time.sleep(RESTART_SECONDS)
         try:
@@ -1669,7 +1688,7 @@ class Supervisor:
         except BaseException:
             report_bug()
         finally:
-            os._exit(status)  # without waiting for a thread that hangs in a database
+            os._exit(status)  # without waiting for a thread that hangs in a name look-up
 
 
 # ---- The command line ---------------------------------------------------------------------------

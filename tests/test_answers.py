@@ -218,7 +218,7 @@ class Answering(RequestTest):
         with serving(
             unittest.mock.Mock(failed=None), DRAIN_SECONDS=2
         ) as worker, socket.create_connection(worker.address, timeout=20) as wire:
-            worker.database.find_revenue = unittest.mock.Mock(side_effect=ZeroDivisionError)
+            worker.revenues.find_revenue = unittest.mock.Mock(side_effect=ZeroDivisionError)
             with warnings_of(server_module) as said:
                 wire.sendall(request("GET", "/userEvents/user1"))
                 self.assertEqual(read_answer(wire)[0], 500)
@@ -230,7 +230,7 @@ class Answering(RequestTest):
             serving(unittest.mock.Mock(failed=None), DRAIN_SECONDS=5) as worker,
             socket.create_connection(worker.address, timeout=20) as wire,
         ):
-            worker.database.find_revenue = lambda _user, answer: asked.append(answer)
+            worker.revenues.find_revenue = lambda _user, answer: asked.append(answer)
             wire.sendall(request("GET", "/userEvents/user1", "Content-Length: 100000"))
             wait_until(lambda: asked, "the revenue is asked for")
             [connection] = worker.connections.values()

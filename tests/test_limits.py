@@ -50,7 +50,7 @@ class Limits(RequestTest):
         log = unittest.mock.Mock(
             failed=None, append=lambda lines, done: threading.Timer(0.1, done, [None]).start()
         )
-        soon = {"IDLE_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}
+        soon = {"PEER_IDLE_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}
         cases = {
             "idle after an event": (post(body=EVENT), b"", soon),
             "idle after health": (health, b"", soon),
@@ -86,7 +86,7 @@ class Limits(RequestTest):
     def test_a_slow_disk_is_waited_for(self):
         pending = []
         log = unittest.mock.Mock(failed=None, append=lambda lines, done: pending.append(done))
-        with serving(log, REQUEST_SECONDS=0.1, IDLE_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
+        with serving(log, REQUEST_SECONDS=0.1, PEER_IDLE_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
             with socket.create_connection(worker.address, timeout=20) as waiting:
                 waiting.sendall(post(body=EVENT))
                 wait_until(lambda: pending, "the event waits for the disk")
@@ -106,7 +106,7 @@ class Limits(RequestTest):
 
         missing = []
         log = unittest.mock.Mock(failed=None)
-        with serving(log, IDLE_SECONDS=1, DRAIN_SECONDS=1) as worker:
+        with serving(log, PEER_IDLE_SECONDS=1, DRAIN_SECONDS=1) as worker:
             worker.connections = Connections()
             with socket.create_connection(worker.address, timeout=20) as idle:
                 self.assertEqual(idle.recv(1), b"")
@@ -163,12 +163,12 @@ class Limits(RequestTest):
         self.assertStatus(server, 200, whole)
 
     def test_an_idle_connection_has_longer_than_a_request(self):
-        self.assertGreaterEqual(
-            server_module.IDLE_SECONDS, 75
-        )  # load balancers reuse a connection for 60
+        # Load balancers reuse a connection for 60.
+        self.assertGreaterEqual(server_module.PEER_IDLE_SECONDS, 75)
         server = Server(
             self,
-            patch="server.REQUEST_SECONDS = server.DRAIN_SECONDS = 0.2; server.IDLE_SECONDS = 20",
+            patch="server.REQUEST_SECONDS = server.DRAIN_SECONDS = 0.2\n"
+            "server.PEER_IDLE_SECONDS = 20",
         )
         with server.connect() as wire:
             for sent in (request("GET", "/health"), post(body=EVENT)) * 2:
@@ -178,7 +178,9 @@ class Limits(RequestTest):
 
     def test_a_connection_that_is_too_slow_is_cut_off(self):
         server = Server(
-            self, patch="server.REQUEST_SECONDS = server.IDLE_SECONDS = server.DRAIN_SECONDS = 1"
+            self,
+            patch="server.REQUEST_SECONDS = server.PEER_IDLE_SECONDS = 1\n"
+            "server.DRAIN_SECONDS = 1",
         )
         with server.connect() as idle, server.connect() as slow, server.connect() as deaf:
             deaf.sendall(post(f"Content-Length: {2**20 + 1}"))

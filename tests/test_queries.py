@@ -48,7 +48,7 @@ class Asking(SystemTest):
 
     def database(self):
         """Return a Database of this process, whose connection is closed at the end."""
-        database = server_module.Database()
+        database = server_module.Revenues()
         self.addCleanup(database._disconnect)
         return database
 
