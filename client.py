@@ -208,10 +208,9 @@ class Printer:
             beginning = "\n"
         if is_terminal(self._stream()):
             beginning += "\r\033[K"
-        if self.dropped:
-            beginning += f"({self.dropped} lines could not be printed here.)\n"
         patience = READER_SECONDS
         if self.dropped:
+            beginning += f"({self.dropped} lines could not be printed here.)\n"
             patience = 0.0
         if self._write(beginning + printable(words) + "\n", patience):
             self.dropped = 0
@@ -306,7 +305,8 @@ def unless_unsupported():
 
 
 def sync_file(fd):
-    """Return when the file is on the disk, or raise OSError."""
+    """Return when the file is on the disk, as far as its file system can tell, or raise
+    OSError."""
     with unless_unsupported():
         if hasattr(fcntl, "F_FULLFSYNC"):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
@@ -386,8 +386,10 @@ class StateFile:
     producer_id  of the delivery, once begin() or resume() has returned
     progress     of the last note
     _source      path of the source file
-    _fd          the descriptor, which holds the lock
-    _end         the length of all that is whole, in bytes; the next note is written there
+    _fd          the descriptor, which holds the lock; it has one position, so that only one
+                 reader may use it at a time
+    _end         the length of all that is whole, in bytes. The next note is written there: every
+                 write appends, and what a failed one left is cut off
     """
 
     def __init__(self, source):
@@ -424,7 +426,7 @@ class StateFile:
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             line = file.readline(MAX_NOTE_BYTES)
-        if self._is_torn(line):
+        if self._was_never_sent(line):
             return None
         state = decode_object(line) or {}
         producer_id = state.get("producerId")
@@ -438,15 +440,14 @@ class StateFile:
         return Content(state.get("size"), state.get("sha256"))
 
     @staticmethod
-    def _is_torn(line):
-        """Tell whether a first line was not written to its end. Then nothing was sent.
-
-        (A whole JSON object without a line end was written by an earlier version: it is whole.)
-        """
+    def _was_never_sent(line):
+        """Tell whether the first line is missing or was not written to its end. Nothing was sent
+        then."""
+        # An earlier version wrote a whole object without a line end.
         if line.endswith(b"\n") or decode_object(line) is not None:
             return False
         written = line.rstrip(b"\0")  # a power cut can leave these
-        # Anything else is somebody's text, which must not be overwritten.
+        # Part of a first line, or nothing. Any other text is somebody's, and is not overwritten.
         return written.startswith(STATE_BEGINNING) or STATE_BEGINNING.startswith(written)
 
     def notes(self):
@@ -518,7 +519,8 @@ class StateFile:
                 self._end += len(line)
             except OSError:
                 os.ftruncate(self._fd, self._end)  # no note may stand behind a torn one
-                # Without rejected lines, the next note says all that this one would have said.
+                # A note's counts are totals: without rejected lines, the next one says all that
+                # this one would have said.
                 if rejected_lines:
                     raise
         self.progress = progress
@@ -560,7 +562,7 @@ class Batch(typing.NamedTuple):
     lines: int
     events: int  # lines that are not blank
     body: bytes  # what is sent: the lines, each with its line end
-    end: int  # where the batch that was read ends in the file, in bytes
+    end: int  # where it ends in the file, in bytes; for its halves, too, where the whole ends
 
     def halves(self):
         """Return two batches with half of the lines each."""
@@ -592,7 +594,7 @@ class BatchSize:
 
     def __init__(self, lines):
         self.lines = lines
-        self.bytes = min(FIRST_BATCH_BYTES, BATCH_BYTES)
+        self.bytes = min(FIRST_BATCH_BYTES, BATCH_BYTES)  # tests make the second one smaller
 
     def answered_after(self, seconds):
         """Let batches grow while answers come fast."""
@@ -612,8 +614,12 @@ class Source:
     _fd        the descriptor
     _hash      SHA-256 of all bytes up to _position, as they were when they were read
     _position  up to here the file was read for batches
-    _unsent    bytes before _position; those before the index _taken are in batches
-    _offset    up to here the file is in batches
+    _unsent    the bytes that end at _position, and maybe a last line end that the file lacks;
+               those before the index _taken are in batches
+    _offset    up to here the file is in batches; in _unsent, the index _taken stands for it
+
+        the file   |--- in batches ---|--- read, not in batches ---|--- not read ---|
+                                   _offset                      _position
     """
 
     def __init__(self, name, path):
@@ -712,6 +718,7 @@ class Source:
         line_end = self._unsent.find(b"\n", start)
         while line_end < 0:
             self._pass_to(len(self._unsent))
+            # There is more, because the last line has its end. _unsent then begins with it.
             self._read_ahead()
             line_end = self._unsent.find(b"\n")
         self._pass_to(line_end + 1)
@@ -825,7 +832,11 @@ class Connection(http.client.HTTPConnection):
 
     A server that refuses a request may answer as soon as it knows the headers, and close.
 
-    timeout      for the answer, in seconds
+    urllib makes it, in do_open(), and calls send() and getresponse() of this class. send() calls
+    connect() of http.client, which calls _create_connection: this is Addresses.connect(). With
+    TLS, connect() of http.client's HTTPSConnection also wraps the socket.
+
+    timeout      for the answer, in seconds; also for connecting, where Addresses has shorter ones
     _send_error  why the request could not be sent whole, or None
     """
 
@@ -980,9 +991,9 @@ def shortened(words):
 
 
 class Patience:
-    """For how long the server has given no success, and why.
+    """Whether requests succeed, and for how long the main thread waits while none does.
 
-    The threads of requests report to it, and the main thread waits with it.
+    The threads of requests report to it; the main thread waits in wait_for().
 
     _lock       guards the two below
     _successes  how many requests have succeeded
@@ -1079,10 +1090,10 @@ class Sender:
         for batch in batches:
             pending.append((batch, self._submit(self._deliver_batch, batch, post)))
             if len(pending) == BATCHES_AHEAD:
-                batch, future = pending.popleft()
-                yield batch, self._patience.wait_for(future)
-        for batch, future in pending:
-            yield batch, self._patience.wait_for(future)
+                oldest, future = pending.popleft()
+                yield oldest, self._patience.wait_for(future)
+        for oldest, future in pending:
+            yield oldest, self._patience.wait_for(future)
 
     def stop(self):
         """Let the threads end."""
@@ -1106,7 +1117,7 @@ class Sender:
             part = parts.popleft()
             if not part.events:
                 continue
-            let_through = ()
+            let_through = ()  # no class
             if part.lines > 1:
                 let_through = TooSlow
             try:
@@ -1153,7 +1164,7 @@ class Sender:
         result = answer.json_object()
         if answer.status != 200 or result is None:
             raise Retry(f"{answer.words()}, which is no answer to a batch")
-        errors = rejected_lines(result, batch)
+        errors = read_errors(result, batch)
         if errors is None or result.get("accepted") != batch.events - len(errors):
             raise Retry(f"{answer.words()}, which does not account for every line")
         self._size.answered_after(time.monotonic() - begun)
@@ -1199,11 +1210,15 @@ class Sender:
             raise self._meaning(error) from error
 
     def _meaning(self, error):
-        """Return the Retry or Failure that the error of a request means."""
+        """Return the Retry or Failure that the error of a request means.
+
+        The order matters, because some errors belong to several classes: one of a certificate is a
+        ValueError and an OSError, too.
+        """
         if ssl and isinstance(error, ssl.SSLCertVerificationError):
             words = f"{self._url}: the server's certificate is not trusted: {error.verify_message}."
             return Failure(f"{words} Correct --url, or name its authority with SSL_CERT_FILE.")
-        if isinstance(error, str):
+        if isinstance(error, str):  # a URLError may give its reason in words
             return Failure(f"{self._url} cannot be asked: {error}.")
         if isinstance(error, (ValueError, http.client.InvalidURL)):
             # The error's own words may hold a password.
@@ -1230,7 +1245,7 @@ def read_payload(response):
     raise Retry(f"status {response.status} with an answer that does not end")
 
 
-def rejected_lines(result, batch):
+def read_errors(result, batch):
     """Return the errors in an answer to a batch by the number of their line in the file, or None
     if it is no such answer.
 
@@ -1242,7 +1257,7 @@ def rejected_lines(result, batch):
     errors = {}
     lines = []
     if rejected:
-        lines = batch.body.split(b"\n")
+        lines = batch.body.split(b"\n")  # the last one, behind the last line end, is blank
     for entry in rejected:
         if not isinstance(entry, dict):
             return None
@@ -1266,8 +1281,8 @@ def rejected_path(path, producer_id):
 
 
 def check_that_name_is_free(path):
-    """Raise Failure if the file of an unfinished delivery's rejected lines is there already: only
-    an earlier version of this client gave it its name before it was complete."""
+    """Raise Failure if the file of an unfinished delivery's rejected lines is there already. An
+    earlier version of this client named it so before it was complete."""
     if os.path.lexists(path):
         raise Failure(
             f"{path} was left by an earlier version of client.py. Rename it, then run this "
@@ -1286,7 +1301,8 @@ def publish_rejected_lines(state, path):
     with contextlib.suppress(FileNotFoundError):
         os.unlink(unfinished_path)  # a killed client's
     if not os.path.isfile(path):
-        # That the file is there must mean that the notes are complete.
+        # First the notes. If a power cut took some of them and left the file under this name, the
+        # delivery would seem unfinished, and check_that_name_is_free() would refuse to go on.
         state.sync()
         fd = os.open(unfinished_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
@@ -1409,7 +1425,7 @@ def parse_command_line(arguments):
     return options
 
 
-def deliver(options):
+def deliver_file(options):
     """Deliver a file and print the receipt; return the exit status, or raise Failure or OSError."""
     begun = time.monotonic()
     path = os.path.realpath(options.file)  # a file has one delivery, whichever link leads to it
@@ -1419,7 +1435,7 @@ def deliver(options):
             if state.progress.offset < source.content.size:
                 check_that_name_is_free(rejected_path(path, state.producer_id))
                 send(state, source, options)
-            return end(state, source, path, begun)
+            return finish(state, source, path, begun)
 
 
 def begin_or_resume(state, source, restart):
@@ -1483,7 +1499,7 @@ def settle(state, source, batch, errors):
         warn(f"{source.name}:{number}: {errors[number]}")
 
 
-def end(state, source, path, begun):
+def finish(state, source, path, begun):
     """End a delivery whose lines are all answered; return the exit status, or raise Failure or
     OSError.
 
@@ -1540,7 +1556,7 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, end_at_once)
     options = parse_command_line(arguments)
     try:
-        return deliver(options)
+        return deliver_file(options)
     except (Failure, OSError) as error:
         for sentence in in_words(error, options.file):
             warn(sentence)
