@@ -123,7 +123,9 @@ class Durability(SystemTest):
                 if not injected:
                     break
             self.assertEqual(len(acknowledged), 3, fault)
-            least = 3 if fault in FaultyCalls.WRITE_FAULTS else 20
+            least = 20
+            if fault in FaultyCalls.WRITE_FAULTS:
+                least = 3
             self.assertGreater(at, least, f"{fault} was not injected")
 
     def test_an_event_that_comes_at_any_step_of_another_is_answered(self):
@@ -272,10 +274,12 @@ class Durability(SystemTest):
                 warnings_of(server_module) as said,
             ):
                 append(log, new)
-                self.assertEqual(
-                    path.read_bytes(), line + (tail + b"\n" if case in kept else b"") + new
-                )
-                self.assertEqual(len(said), case in cut)
+                if case in kept:
+                    self.assertEqual(path.read_bytes(), line + tail + b"\n" + new)
+                    self.assertEqual(said, [])
+                else:
+                    self.assertEqual(path.read_bytes(), line + new)
+                    self.assertEqual(len(said), 1)
 
     def test_a_renamed_log_has_its_last_line_ended_too(self):
         path = self.path("log")

@@ -16,6 +16,11 @@ from tests.tools_http import BATCHES, Recorder
 from tests.tools_parts import opened_delivery
 
 
+def is_beginning(batch):
+    """Tell whether a batch holds the beginning of a line that is too long."""
+    return batch.body.endswith(b"...\n")
+
+
 class Lines(ClientTest):
     """Each line of a file is delivered or rejected, and kept when it is rejected."""
 
@@ -68,75 +73,79 @@ class Lines(ClientTest):
         self.assertEqual(seen, [True] * 20)
         self.assertEqual({headers["Producer-Id"] for headers, _ in server.posts}, {producer})
 
+    ODD_LINES = [
+        b"",
+        b" \t",
+        b"\r",
+        b"x",
+        b"x" * 7,
+        b"\x85\x0b",
+        "é\u2028".encode(),
+        b"x" * 31,
+        b"x" * 63,
+        b"x" * 64,
+        b"y" * 200,
+    ]
+
     def test_batches_are_the_lines_of_the_file(self):
         chance = random.Random(5)
-        lines = [
-            b"",
-            b" \t",
-            b"\r",
-            b"x",
-            b"x" * 7,
-            b"\x85\x0b",
-            "é\u2028".encode(),
-            b"x" * 63,
-            b"x" * 64,
-            b"y" * 200,
-        ]
         for _ in range(300):
-            text = b"\n".join(chance.choices(lines, k=chance.randrange(60))) + chance.choice(
-                [b"", b"\n"]
-            )
-            events, size = self.path("events.jsonl", text), chance.choice([1, 2, 5, 100])
+            lines = chance.choices(self.ODD_LINES, k=chance.randrange(60))
+            text = b"\n".join(lines) + chance.choice([b"", b"\n"])
+            events = self.path("events.jsonl", text)
+            size = chance.choice([1, 2, 5, 100])
             reading = chance.choice([1, 7, 64, 1000])
-            with unittest.mock.patch.multiple(
-                client_module, BATCH_BYTES=64, READ_BYTES=reading
-            ), opened_delivery(events, restart=True) as (source, _):
+            with (
+                unittest.mock.patch.multiple(client_module, BATCH_BYTES=64, READ_BYTES=reading),
+                opened_delivery(events, restart=True) as (source, _),
+            ):
                 batches = list(source.batches(1, client_module.BatchSize(size)))
                 self.assertTrue(source.is_unchanged())
-            expected = (
-                text.split(b"\n")[:-1]
-                if text.endswith(b"\n")
-                else text.split(b"\n") if text else []
-            )
-            sent = [
-                (number, line)
-                for batch in batches
-                for number, line in enumerate(batch.body.split(b"\n")[:-1], batch.first)
-            ]
-            long = {number for number, line in enumerate(expected, 1) if len(line) > 63}
-            self.assertEqual(
-                sent,
-                [
-                    (number, line[:60] + b"..." if number in long else line)
-                    for number, line in enumerate(expected, 1)
-                ],
-            )
-            ends = list(itertools.accumulate(len(line) + 1 for line in expected))
-            self.assertEqual(
-                [batch.end for batch in batches],
-                [min(ends[batch.first + batch.lines - 2], len(text)) for batch in batches],
-            )
-            self.assertEqual(
-                [batch.lines for batch in batches if batch.first in long], [1] * len(long)
-            )
-            self.assertEqual(
-                sum(batch.events for batch in batches), sum(bool(line.strip()) for _, line in sent)
-            )
-            self.assertLessEqual(max((batch.lines for batch in batches), default=0), size)
-            self.assertLessEqual(max((len(batch.body) for batch in batches), default=0), 64)
-            for batch, following in itertools.pairwise(batches):  # none could have been larger
-                self.assertTrue(
-                    batch.first in long
-                    or following.first in long
-                    or batch.lines == size
-                    or len(batch.body) + following.body.index(b"\n") + 1 > 64
-                )
+            self.assertBatchesOf(text, batches)
+            self.assertBatchesAreFull(batches, size)
+
+    def assertBatchesOf(self, text, batches):
+        """Assert that batches of at most 64 bytes hold each line of text, or its beginning."""
+        lines = text.split(b"\n")
+        if not lines[-1]:  # it is behind the last line end
+            lines.pop()
+        sendable = []
+        for line in lines:
+            if len(line) > 63:
+                line = line[:60] + b"..."
+            sendable.append(line)
+        ends = list(itertools.accumulate(len(line) + 1 for line in lines))
+        sent = []
+        for batch in batches:
+            self.assertEqual(batch.first, len(sent) + 1)
+            body = batch.body.split(b"\n")
+            self.assertEqual(body.pop(), b"")
+            self.assertEqual(batch.lines, len(body))
+            self.assertEqual(batch.events, sum(bool(line.strip()) for line in body))
+            sent += body
+            self.assertEqual(batch.end, min(ends[len(sent) - 1], len(text)))
+        self.assertEqual(sent, sendable)
+
+    def assertBatchesAreFull(self, batches, size):
+        """Assert that none is larger than it may be, and that none could have been larger."""
+        for batch in batches:
+            self.assertLessEqual(batch.lines, size)
+            self.assertLessEqual(len(batch.body), 64)
+            if is_beginning(batch):
+                self.assertEqual(batch.lines, 1)
+        for batch, following in itertools.pairwise(batches):
+            if batch.lines < size and not is_beginning(batch) and not is_beginning(following):
+                next_line_end = following.body.index(b"\n") + 1
+                self.assertGreater(len(batch.body) + next_line_end, 64)
+
+    BEGINNING_BYTES = 512 * 1024 - 4  # of a line that is too long, before "..." and LF
 
     def test_each_line_of_an_odd_file_is_delivered_or_rejected(self):
         server = Server(self)
         huge = b'{"userId": "' + b"x" * 1_600_000 + b'"}'
-        sent = huge[: 512 * 1024 - 4] + b"..."
-        bom, long = b"\xef\xbb\xbf" + EVENT, EVENT[:-1] + b', "pad": "' + b"x" * 100_000 + b'"}'
+        sent = huge[: self.BEGINNING_BYTES] + b"..."
+        bom = b"\xef\xbb\xbf" + EVENT
+        long = EVENT[:-1] + b', "pad": "' + b"x" * 100_000 + b'"}'
         files = {
             "empty": (b"", 0, []),
             "empty lines": (b"\n\r\n \n", 0, []),
@@ -149,12 +158,12 @@ class Lines(ClientTest):
             "a line of two blocks": (
                 b"x" * 2 * 512 * 1024,
                 0,
-                [b"x" * (512 * 1024 - 4) + b"..."],
+                [b"x" * self.BEGINNING_BYTES + b"..."],
             ),
             "a line of blanks": (
                 b" " * 600_000 + b"\n" + EVENT,
                 1,
-                [b" " * (512 * 1024 - 4) + b"..."],
+                [b" " * self.BEGINNING_BYTES + b"..."],
             ),
             "CR for a line end": (EVENT + b"\r" + EVENT, 0, [EVENT + b"\r" + EVENT]),
         }
@@ -163,15 +172,19 @@ class Lines(ClientTest):
                 for path in self.directory.glob("events.jsonl*"):
                     path.unlink()
                 self.path("events.jsonl", content)
-                output, _ = self.client("--url", server.url, status=1 if rejected else 0)
+                status = 0
+                rejected_files = []
+                if rejected:
+                    status = 1
+                    rejected_files = [b"\n".join(rejected) + b"\n"]
+                output, _ = self.client("--url", server.url, status=status)
                 self.assertIn(f"{accepted} events accepted, {len(rejected)} rejected", output)
-                self.assertEqual(
-                    self.rejected_files(), [b"\n".join(rejected) + b"\n"] if rejected else []
-                )
+                self.assertEqual(self.rejected_files(), rejected_files)
         self.processor()
 
     def test_reading_ahead_is_bounded(self):
-        first, attempts = EVENT.replace(b"user1", b"first"), []
+        first = EVENT.replace(b"user1", b"first")
+        attempts = []
 
         def answer(count, body):
             if first in body:
@@ -184,9 +197,8 @@ class Lines(ClientTest):
             self.path("events.jsonl", first + b"\n" + (EVENT + b"\n") * 100)
             self.client("--url", server.url, "--batch-size", 1)
         self.assertEqual({body.count(b"\n") for _, body in server.posts}, {1})
-        self.assertLess(
-            attempts[-1], 5 + client_module.BATCHES_AHEAD
-        )  # the others waited for the first
+        # The others waited for the first.
+        self.assertLess(attempts[-1], 5 + client_module.BATCHES_AHEAD)
 
     def test_a_batch_is_bounded_in_bytes(self):
         def answer(_count, body):

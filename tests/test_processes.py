@@ -32,9 +32,9 @@ class Processes(SystemTest):
     """The server's processes are replaced, wait for what is missing, and stop in time."""
 
     def test_a_server_has_a_worker_per_usable_core(self):
-        cores = (
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-        )
+        cores = range(os.cpu_count())
+        if hasattr(os, "sched_getaffinity"):
+            cores = os.sched_getaffinity(0)
         self.assertEqual(len(Server(self).workers()), len(cores))
         if hasattr(os, "sched_setaffinity"):
             self.addCleanup(os.sched_setaffinity, 0, cores)

@@ -87,10 +87,11 @@ class Requests(ClientTest):
 
         def answer(_count, body):
             line = body.decode().strip()
-            if line == "1":  # is refused until the others have succeeded, two after two
-                return (503, {}, b"") if waiting_for else success
-            time.sleep(1.3)
-            waiting_for.remove(line)
+            if line != "1":
+                time.sleep(1.3)
+                waiting_for.remove(line)
+            elif waiting_for:  # it is refused until the others have succeeded, two after two
+                return 503, {}, b""
             return success
 
         success = 200, {}, b'{"accepted": 1, "rejected": []}'
@@ -302,15 +303,17 @@ class Requests(ClientTest):
         "4": (200, {}, b'{"accepted": 1, "rejected": []}'),
     }  # to the user of each line
 
+    def answer_to(self, _count, body):
+        """Return the answer to a line, or cut off a client that ended in the midst."""
+        if not body:
+            return None
+        return self.ANSWERS[json.loads(body)["userId"]]
+
     def test_a_refusal_ends_the_run_with_the_first_line_that_is_unknown(self):
         self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in self.ANSWERS))
         for case, options in (("batches", BATCHES), ("single events", (404, {}, b""))):
-            with self.subTest(case), Recorder(
-                options=[options],
-                post=lambda count, body: (
-                    self.ANSWERS[json.loads(body)["userId"]] if body else None
-                ),
-            ) as server:  # it ended in the midst
+            recorder = Recorder(options=[options], post=self.answer_to)
+            with self.subTest(case), recorder as server:
                 _, errors = self.client(
                     "--url", server.url, "--batch-size", 1, "--give-up-after", 1000, status=1
                 )
