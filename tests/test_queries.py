@@ -30,7 +30,7 @@ USER1 = "/userEvents/user1"
 
 
 def find_revenues(database, users):
-    """Return what a Database of this process answers for each of users, in any order."""
+    """Return what a Revenues of this process answers for each of users, in any order."""
     answers = []
     threads = []
     for user in users:
@@ -47,7 +47,7 @@ class Asking(SystemTest):
     """Each question has its answer in time, whatever the database does."""
 
     def database(self):
-        """Return a Database of this process, whose connection is closed at the end."""
+        """Return a Revenues of this process, whose connection is closed at the end."""
         database = server_module.Revenues()
         self.addCleanup(database._disconnect)
         return database
