@@ -1,5 +1,5 @@
 -- The whole schema. Safe to run again: what exists is kept, and it is checked whether it fits.
--- data_processor.py runs this whenever it connects, and when something about the tables changed.
+-- data_processor.py runs this whenever it connects, and before and after it counts.
 DO $$
 DECLARE
     -- data_processor.py --verify makes the tables there.
@@ -19,6 +19,8 @@ DECLARE
     same_table boolean[];  -- whether it has the oid that it had then
     same_file boolean[];  -- and the file
     cluster text;
+    shape text;
+    state text;  -- what stands behind the id in a stamp
     known_stamp text;
     known text[];  -- its parts
     here boolean;  -- whether they were stamped in this database
@@ -92,10 +94,50 @@ BEGIN
         RETURN;
     END IF;
 
-    -- ---- What each table must be -----------------------------------------------------------
+    -- ---- Whether anything has changed ------------------------------------------------------
 
+    -- The comment of each table ends with the same stamp: [events ID CLUSTER OIDS FILES SHAPE
+    -- HELD]. ID is random. OIDS and FILES are those that the three tables had when they were
+    -- checked; in another CLUSTER (or database) they mean nothing. SHAPE says what the catalogue
+    -- said of them, HELD which of them held what was counted. If all of that is as it was, the
+    -- tables were checked as they are.
     tables := ARRAY['users_revenue'::regclass, 'event_producers'::regclass,
                     'event_logs'::regclass];
+    cluster := (SELECT system_identifier FROM pg_control_system()) || '.'
+               || (SELECT oid FROM pg_database WHERE datname = current_database());
+    shape := md5((
+        SELECT string_agg(version::text, ' ' ORDER BY version::text)
+        FROM (
+            SELECT 'table', oid, xmin FROM pg_class WHERE oid = ANY (tables)
+            UNION ALL SELECT 'column ' || attnum, attrelid, xmin
+                FROM pg_attribute WHERE attrelid = ANY (tables)
+            UNION ALL SELECT 'index', indexrelid, xmin
+                FROM pg_index WHERE indrelid = ANY (tables)
+            UNION ALL SELECT 'trigger', oid, xmin FROM pg_trigger WHERE tgrelid = ANY (tables)
+            UNION ALL SELECT 'rule', oid, xmin FROM pg_rewrite WHERE ev_class = ANY (tables)
+            UNION ALL SELECT 'heir', inhrelid, xmin
+                FROM pg_inherits WHERE inhparent = ANY (tables)
+        ) AS version));
+    FOR number IN 1..3 LOOP
+        stamps[number] := substring(obj_description(tables[number], 'pg_class')
+                                    FROM '\[events ([^]]*)\]');
+        files[number] := coalesce(pg_relation_filenode(tables[number]), 0);
+    END LOOP;
+    PERFORM FROM users_revenue LIMIT 1;
+    holds[1] := FOUND;
+    PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
+    holds[2] := FOUND;
+    PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
+    holds[3] := FOUND;
+    state := concat_ws(' ', cluster, array_to_string(tables, ' '), array_to_string(files, ' '),
+                       shape, array_to_string(holds, ' '));
+    known := string_to_array(stamps[1], ' ');
+    IF stamps[1] = known[1] || ' ' || state AND stamps[2] = stamps[1] AND stamps[3] = stamps[1] THEN
+        RETURN;
+    END IF;
+
+    -- ---- What each table must be -----------------------------------------------------------
+
     IF (SELECT count(DISTINCT relnamespace) > 1 FROM pg_class WHERE oid = ANY (tables)) THEN
         RAISE EXCEPTION 'users_revenue, event_producers and event_logs are in different '
             'schemas; set search_path so that all three are found in one: ALTER ROLE NAME SET '
@@ -259,23 +301,7 @@ BEGIN
 
     -- ---- The tables belong together --------------------------------------------------------
 
-    -- The comment of each ends with the same stamp: [events ID CLUSTER OIDS FILES HELD]. ID is
-    -- random. OIDS and FILES are those that the three tables had when they were stamped; in
-    -- another CLUSTER (or database) they mean nothing. HELD says which of them held what was
-    -- counted. So it is noticed when one was emptied, or came back without the others.
-    cluster := (SELECT system_identifier FROM pg_control_system()) || '.'
-               || (SELECT oid FROM pg_database WHERE datname = current_database());
-    FOR number IN 1..3 LOOP
-        stamps[number] := substring(obj_description(tables[number], 'pg_class')
-                                    FROM '\[events ([^]]*)\]');
-        files[number] := coalesce(pg_relation_filenode(tables[number]), 0);
-    END LOOP;
-    PERFORM FROM users_revenue LIMIT 1;
-    holds[1] := FOUND;
-    PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
-    holds[2] := FOUND;
-    PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
-    holds[3] := FOUND;
+    -- By the stamps it is noticed when one was emptied, or came back without the others.
     SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
     FROM pg_class WHERE oid = ANY (tables);
 
@@ -284,7 +310,7 @@ BEGIN
     known := string_to_array(known_stamp, ' ');
     here := known[2] = cluster;
     FOR number IN 1..3 LOOP
-        held[number] := coalesce(known[8 + number] = 't', false);
+        held[number] := coalesce(known[9 + number] = 't', false);
         same_table[number] := coalesce(here AND known[2 + number] = tables[number]::text, false);
         same_file[number] := coalesce(here AND known[5 + number] = files[number]::text, false);
         -- Somebody may have replaced a comment. If the others name this very table, it is theirs.
@@ -357,8 +383,7 @@ BEGIN
         IF new_id IS NULL OR NOT together THEN
             new_id := md5(random()::text || clock_timestamp());
         END IF;
-        new_stamp := concat_ws(' ', new_id, cluster, array_to_string(tables, ' '),
-                               array_to_string(files, ' '), array_to_string(holds, ' '));
+        new_stamp := new_id || ' ' || state;
         FOR number IN 1..3 LOOP
             IF stamps[number] IS DISTINCT FROM new_stamp THEN
                 old_comment := coalesce(obj_description(tables[number], 'pg_class'), '');

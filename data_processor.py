@@ -13,8 +13,8 @@
 # the connection to PostgreSQL); reading a log; the tally of a slice; exactly once; the tables;
 # applying logs; the modes (run, follow, verify); the command line.
 #
-# multiprocessing and tempfile are imported where they are needed, which takes 15 ms: most runs of a
-# processor that is started every minute find nothing new.
+# multiprocessing, pickle and tempfile are imported where they are needed, which takes 15 ms: most
+# runs of a processor that is started every minute find nothing new.
 import argparse
 import bisect
 import collections
@@ -27,7 +27,6 @@ import importlib
 import itertools
 import json
 import os
-import pickle
 import re
 import select
 import signal
@@ -1064,6 +1063,8 @@ class TallyProcess:
 
     def receive(self):
         """Return the Tally, or raise ChildDied, or what the child has raised, such as OSError."""
+        import pickle
+
         parts = []
         poll = select.poll()
         poll.register(self._reading_end, select.POLLIN)
@@ -1096,6 +1097,8 @@ class TallyProcess:
 
 def send_tally(log, part, marks, writing_end):
     """Be the child: write the Tally of a Slice, or the exception that it raised, to a pipe."""
+    import pickle
+
     try:
         close_all_but({log.content.fileno(), writing_end})
         result = tally_slice(log, part, marks)
@@ -1473,43 +1476,8 @@ def refusing():
 class Database:
     """The connection to PostgreSQL, and the only owner of transactions: nothing else commits."""
 
-    # What the catalogue says of the three tables, and whether they hold what was counted. It
-    # differs when one was altered, replaced, emptied, filled, or given another comment.
-    VERSION = """
-        WITH tables (oid) AS (
-            VALUES ('users_revenue'::regclass), ('event_producers'), ('event_logs')
-        ), versions AS (
-            SELECT 'table', tables.oid, pg_class.xmin
-            FROM pg_class JOIN tables ON pg_class.oid = tables.oid
-            UNION ALL
-            SELECT 'column ' || attnum, oid, pg_attribute.xmin
-            FROM pg_attribute JOIN tables ON attrelid = oid
-            UNION ALL
-            SELECT 'index', indexrelid, pg_index.xmin FROM pg_index JOIN tables ON indrelid = oid
-            UNION ALL
-            SELECT 'trigger', pg_trigger.oid, pg_trigger.xmin
-            FROM pg_trigger JOIN tables ON tgrelid = tables.oid
-            UNION ALL
-            SELECT 'rule', pg_rewrite.oid, pg_rewrite.xmin
-            FROM pg_rewrite JOIN tables ON ev_class = tables.oid
-            UNION ALL
-            SELECT 'heir', inhrelid, pg_inherits.xmin
-            FROM pg_inherits JOIN tables ON inhparent = oid
-            UNION ALL
-            SELECT 'comment ' || objsubid, objoid, pg_description.xmin
-            FROM pg_description JOIN tables ON objoid = oid
-            WHERE classoid = 'pg_class'::regclass
-        )
-        SELECT md5(string_agg(versions::text, ' ' ORDER BY versions::text)),
-            EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
-            EXISTS (SELECT FROM event_logs WHERE position > 0)
-        FROM versions"""
-    # Apart, because Citus takes no table that it distributes in a query of the catalogue.
-    HOLDS_USERS = "SELECT 1 FROM users_revenue LIMIT 1"
-
     def __init__(self):
         self.connection = None  # until the first one was made; then perhaps a closed one
-        self._checked = None  # what VERSION and HOLDS_USERS gave when create_table.sql agreed
 
     def is_open(self):
         """Tell whether there is a connection, as far as is known."""
@@ -1518,8 +1486,7 @@ class Database:
     def connect(self):
         """Connect, and check that the tables fit. Raise Failure or psycopg2.Error."""
         self.connection = open_connection(STATEMENT_SECONDS)
-        self._checked = None
-        with self.transaction() as sql, locking("One of the tables"):
+        with self.transaction() as sql:
             run_create_table(sql)
 
     def close(self):
@@ -1545,16 +1512,16 @@ class Database:
     def counting(self):
         """Return a context with the cursor of a transaction that may change the tables.
 
-        Nobody can alter or empty them meanwhile. They are checked if anything about them has
-        changed, by others before or by this transaction: see create_table.sql.
+        Nobody can alter or empty them meanwhile. They are checked before, for what others did to
+        them, and afterwards, so that their comments say what they hold.
         """
         with self.transaction() as sql:
             for table in ("users_revenue", "event_producers", "event_logs"):
                 with locking(table):
                     sql.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
-            self._check_tables(sql)
+            run_create_table(sql)
             yield sql
-            self._check_tables(sql)
+            run_create_table(sql)
 
     def recorded_positions(self):
         """Return {log_id: RecordedPosition} of every log that the database knows."""
@@ -1565,26 +1532,22 @@ class Database:
                 recorded[bytes(log_id)] = RecordedPosition(position, bytes(digest))
         return recorded
 
-    def _check_tables(self, sql):
-        if self._version(sql) != self._checked:
-            with locking("One of the tables"):
-                run_create_table(sql)
-            self._checked = self._version(sql)
-
-    def _version(self, sql):
-        sql.execute(self.VERSION)
-        version = sql.fetchone()
-        sql.execute(self.HOLDS_USERS)
-        return version, sql.rowcount
-
 
 def run_create_table(sql):
-    """Create the tables that are missing and check that all of them fit, or raise Failure."""
+    """Create the tables that are missing and check all of them, if anything about them has changed
+    since. Raise Failure."""
     try:
-        with open(TABLES, encoding="utf-8") as file:
-            sql.execute(file.read())
+        with locking("One of the tables"):
+            sql.execute(read_tables())
     except psycopg2.errors.RaiseException as error:
         raise Failure(sentence(error)) from error  # it may end with a statement to be copied
+
+
+@functools.cache
+def read_tables():
+    """Return create_table.sql."""
+    with open(TABLES, encoding="utf-8") as file:
+        return file.read()
 
 
 def set_time_limits(sql, idle_seconds, statement_seconds):
