@@ -68,6 +68,7 @@ import resource
 
 import psycopg2
 import psycopg2.errors
+import psycopg2.extensions
 
 HELP = """\
 Receive events over HTTP, append them durably to a log, and answer each user's revenue
@@ -112,7 +113,8 @@ PEER_IDLE_SECONDS = 75
 LEAST_LOCK_SECONDS = 1
 # A question to the database is answered within that time, if only with 503.
 DATABASE_SECONDS = 2
-# A connection to the database is given up after that time; questions do not wait so long for it.
+# The attempt to connect to an address of the database is given up after that time; questions do
+# not wait so long for it.
 CONNECT_SECONDS = 10
 # After a refusal, the rest of the request is read and discarded for so long and up to so many
 # bytes: closing at once could destroy the answer. Whoever is past a deadline has that time to be
@@ -547,7 +549,7 @@ class Revenues:
     def __init__(self):
         self._rounds = Rounds(self._answer_round)
         self._troubles = Troubles()
-        self._connection = None  # an asynchronous one, so that a round can keep its deadlines
+        self._connection = None
         self._opening = None  # the Future of a connection that is being made by its own thread
 
     def find_revenue(self, user, answer):
@@ -601,13 +603,22 @@ class Revenues:
     def _select(self, waiting):
         """Run the query on the connection, with the result and the exceptions of _query."""
         users = list({member.item.user for member in waiting})
+
+        def wait(connection):
+            self._wait_or_refuse(functools.partial(wait_for, connection), waiting)
+
+        # psycopg2 calls wait() instead of waiting in libpq, which knows no deadline. It would do
+        # so for every connection of the process, but there is only this one.
+        psycopg2.extensions.set_wait_callback(wait)
         try:
             with self._connection.cursor() as sql:
                 sql.execute(self.QUERY, [users])
-                self._wait_or_refuse(functools.partial(wait_for, self._connection), waiting)
                 return dict(sql.fetchall())
         except psycopg2.errors.UndefinedTable:
             return {}  # before the tables exist, no user has revenue
+        finally:
+            # Connections must be made without it: see open_connection().
+            psycopg2.extensions.set_wait_callback(None)
 
     def _open(self, waiting):
         """Return a new connection, or raise the reason why there is none.
@@ -653,17 +664,17 @@ def too_late():
 
 def open_connection(opening):
     """Connect to the database, and give the Future opening the connection or the reason why there
-    is none."""
+    is none.
+
+    The connection is made synchronously and without a wait callback: in the other cases psycopg2
+    looks up the host's name without letting any other thread run.
+    """
     try:
         # tcp_user_timeout: when an address is dead, libpq goes on to the next one.
-        connection = connect(async_=True, tcp_user_timeout=DATABASE_SECONDS * 1000 // 2)
-        try:
-            wait_for(connection, time.monotonic() + CONNECT_SECONDS)
-        except BaseException:
-            connection.close()
-            raise
-    except TimeoutError:
-        opening.set_exception(Failure(f"no connection within {CONNECT_SECONDS} seconds"))
+        connection = connect(
+            connect_timeout=CONNECT_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000 // 2
+        )
+        connection.autocommit = True  # a round is one query, and its transaction ends with it
     except BaseException as error:
         opening.set_exception(error)
     else:

@@ -12,6 +12,9 @@ import unittest
 import unittest.mock
 import weakref
 
+import psycopg2
+import psycopg2.extensions
+
 import data_processor
 import server as server_module
 from tests.tools import Server, SystemTest, free_port, wait_until
@@ -169,6 +172,39 @@ server.connect = connect
         found.touch()
         wait_until(lambda: server.ask("GET", USER1)[0] == 404, "the connection is there")
 
+    def test_a_name_server_that_is_silent_stops_no_other_thread(self):
+        # Its answer is waited for in C. psycopg2 lets other threads run meanwhile only if the
+        # connection is synchronous and there is no wait callback.
+        made = []
+
+        def connect(*arguments, real=psycopg2.connect, **parameters):
+            callback = psycopg2.extensions.get_wait_callback()
+            made.append((parameters.get("async_", False), callback))
+            return real(*arguments, **parameters)
+
+        with unittest.mock.patch.object(psycopg2, "connect", connect):
+            for _ in range(2):  # the second time, there was a query
+                self.assertEqual(find_revenues(self.database(), ["user1"]), [None])
+        self.assertEqual(made, [(False, None)] * 2)
+
+    def test_whoever_has_waited_for_too_long_is_answered_before_the_others(self):
+        database = self.database()
+        find_revenues(database, ["user1"])  # connects
+        now = time.monotonic()
+        answers = []
+        early = server_module.Question("user1", now + 0.5)
+        late = server_module.Question("user2", now + 60)
+        members = [server_module.Member(early, answers.append)]
+        members.append(server_module.Member(late, answers.append))
+        working = threading.Thread(target=database._answer_round, args=[members])
+        with locked_users():
+            working.start()
+            wait_until(lambda: answers, "the first one has its answer")
+            self.assertIsInstance(answers[0], server_module.NoAnswer)
+            self.assertEqual((len(answers), working.is_alive()), (1, True))
+        working.join(20)
+        self.assertEqual(answers[1:], [None])
+
     def test_the_reason_why_the_database_does_not_answer_is_said_once(self):
         server = Server(self, "--workers", "1")
         with locked_users():
@@ -208,7 +244,6 @@ server.connect = connect
         connection = database._connection
         with connection.cursor() as sql:
             sql.execute("SHOW statement_timeout")
-            data_processor.wait_for(connection, time.monotonic() + 20)
             self.assertEqual((sql.fetchone(), connection.notices), (("0",), []))
 
     def test_whoever_asks_for_the_same_user_has_the_same_answer(self):
