@@ -134,6 +134,9 @@ LOOK_SECONDS = 0.1
 PAUSE_SECONDS = 0.001
 # A connection that sent something so recently is not closed to make room: more may be on its way.
 QUIET_SECONDS = 0.2
+# After somebody has waited so long for room, such a connection is closed nevertheless: peers that
+# send a byte now and then would else keep everyone out.
+ROOM_SECONDS = 1
 
 # Connections of a worker; further ones wait in the backlog until one is closed to make room.
 MAX_CONNECTIONS = 1000
@@ -1452,6 +1455,8 @@ class Worker:
         self._selector = selectors.DefaultSelector()
         # A socket and its address for which there was no thread; the next accept() takes it up.
         self._accepted = None
+        # Since when somebody has waited for room; math.inf if nobody does.
+        self._crowded_since = math.inf
 
     def run(self, lifeline):
         """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or
@@ -1464,6 +1469,8 @@ class Worker:
             while lifeline not in ready and not self.log.failed:
                 if self._listener in ready or self._accepted is not None:
                     self.accept()  # what it cannot serve yet is tried again after the next look
+                else:
+                    self._crowded_since = math.inf
                 ready = self.wait(LOOK_SECONDS)
         self.stop()
         if self.log.failed:
@@ -1500,6 +1507,7 @@ class Worker:
             self.make_room()
             return False
         self._accepted = None
+        self._crowded_since = math.inf  # who comes next has not waited for this worker yet
         return True
 
     def serve_connection(self, wire, address):
@@ -1513,14 +1521,19 @@ class Worker:
 
     def make_room(self):
         """Give a connection time to end, or another worker time to take the one that waits; if
-        that did not help, have the one from which nothing has come for the longest time leave."""
+        that did not help, have the one from which nothing has come for the longest time leave: at
+        once if it is quiet, else when somebody has waited for ROOM_SECONDS."""
         time.sleep(PAUSE_SECONDS)
         if self.stopping:
             return
         if self._accepted is None and self._listener not in self.wait(0):
             return  # nobody waits any more
+        now = time.monotonic()
+        self._crowded_since = min(self._crowded_since, now)
+        recently = now - QUIET_SECONDS
+        if now - self._crowded_since >= ROOM_SECONDS:
+            recently = now
         longest = None
-        recently = time.monotonic() - QUIET_SECONDS
         for connection in list(self.connections.values()):
             if connection.deadline == math.inf:
                 continue  # its request is worked on

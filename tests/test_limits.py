@@ -247,6 +247,31 @@ class Room(RequestTest):
                 for thread in threads:
                     thread.join(20)
 
+    def test_peers_who_send_a_byte_now_and_then_keep_nobody_out(self):
+        over = threading.Event()
+        health = request("GET", "/health")
+
+        def send_byte_after_byte(wires):
+            for number in range(10_000):
+                for wire in wires:
+                    with contextlib.suppress(OSError):
+                        wire.send(health[number % len(health) :][:1])
+                if over.wait(0.05):
+                    return
+
+        with serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=4) as worker:
+            wires = [self.connect(worker) for _ in range(4)]
+            thread = threading.Thread(target=send_byte_after_byte, args=[wires])
+            thread.start()
+            try:
+                wait_until(lambda: len(worker.connections) == 4, "there is no room")
+                for _ in range(2):
+                    self.assertHealthy(self.connect(worker))
+                self.assertGreaterEqual(len(worker.connections), 3, "the others have stayed")
+            finally:
+                over.set()
+                thread.join(20)
+
     def test_a_peer_who_reads_nothing_makes_room_at_once(self):
         bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
         settings = {"MAX_CONNECTIONS": 1, "DRAIN_SECONDS": 30}
