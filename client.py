@@ -271,7 +271,7 @@ def open_regular(path, flags, mode=0o640):
 
 def leads_to(path, fd):
     """Tell whether path still leads to the open file fd, which was neither renamed nor removed."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.stat(path), os.fstat(fd))
     return False
 
@@ -525,6 +525,10 @@ class StateFile:
                     raise
         self.progress = progress
 
+    def is_in_place(self):
+        """Tell whether the path still leads to this file."""
+        return leads_to(self.path, self._fd)
+
     def sync(self):
         """Return when the file and its name are on the disk, or raise OSError."""
         with naming(self.path):
@@ -542,8 +546,8 @@ class StateFile:
         with contextlib.suppress(OSError):
             sync_file(self._fd)
         # Somebody may have renamed the file, and another client may own one of this name.
-        if leads_to(self.path, self._fd):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.is_in_place():
                 os.unlink(self.path)
                 sync_directory(os.path.dirname(self.path))
 
@@ -611,6 +615,7 @@ class Source:
 
     name       as the user typed it
     content    the Content when the run began
+    _path      from where it was opened
     _fd        the descriptor
     _hash      SHA-256 of all bytes up to _position, as they were when they were read
     _position  up to here the file was read for batches
@@ -626,6 +631,7 @@ class Source:
         """Open the file at path, or raise OSError."""
         self.name = name
         self.content = None
+        self._path = path
         try:
             self._fd = open_regular(path, os.O_RDONLY)
         except OSError as error:
@@ -636,6 +642,10 @@ class Source:
         self._unsent = b""
         self._taken = 0
         self._offset = 0
+
+    def is_in_place(self):
+        """Tell whether the path still leads to this file."""
+        return leads_to(self._path, self._fd)
 
     def measure(self, offset):
         """Read the file once to learn its content. Batches will begin at offset. Raise OSError."""
@@ -1445,6 +1455,10 @@ def begin_or_resume(state, source, restart):
     if not restart:
         unfinished = state.read()
     source.measure(state.progress.offset)
+    # Whoever renames a file renames its state file with it, and must have found both. From here
+    # on, both are there.
+    if not source.is_in_place() or not state.is_in_place():
+        raise Failure(f"{source.name} was renamed meanwhile. Run this command again.")
     if unfinished is None:
         state.begin(source.content)
     elif unfinished == source.content and state.progress.offset <= source.content.size:

@@ -1,5 +1,6 @@
 """A file is delivered whole, or the client says which lines are not delivered."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -103,6 +104,57 @@ class Delivery(ClientTest):
             client_module.fcntl, "flock", remove_once
         ), opened_delivery(self.path("events.jsonl")) as (_, state):
             self.assertEqual(self.producer_id(), state.producer_id)
+
+    def test_a_file_that_is_renamed_before_its_delivery_is_locked_is_not_sent(self):
+        events = self.path("events.jsonl", EVENT + b"\n")
+        renamed = self.path("events.jsonl.old")
+        flock = fcntl.flock
+
+        def rename_and_lock(file, operation):
+            events.rename(renamed)
+            flock(file, operation)
+
+        with unittest.mock.patch.object(client_module.fcntl, "flock", rename_and_lock):
+            with self.assertRaisesRegex(client_module.Failure, "renamed meanwhile"):
+                with opened_delivery(events):
+                    pass
+        self.assertTrue(renamed.exists())
+        self.assertEqual(self.state.read_bytes(), b"")
+
+    def test_a_delivery_that_is_renamed_while_the_file_is_read_is_not_begun(self):
+        events = self.path("events.jsonl", EVENT + b"\n")
+        renamed = self.path("events.jsonl.old.delivery")
+        measure = client_module.Source.measure
+
+        def measure_and_rename(source, offset):
+            measure(source, offset)
+            self.state.rename(renamed)
+
+        with unittest.mock.patch.object(client_module.Source, "measure", measure_and_rename):
+            with self.assertRaisesRegex(client_module.Failure, "renamed meanwhile"):
+                with opened_delivery(events):
+                    pass
+        self.assertEqual(renamed.read_bytes(), b"")
+
+    def test_a_directory_that_became_a_file_does_not_spoil_the_end(self):
+        self.path("in").mkdir()
+        moved = self.path("moved")
+        events = self.path("in/events.jsonl", EVENT + b"\n")
+        with opened_delivery(events) as (_, state):
+            events.parent.rename(moved)
+            events.parent.write_bytes(b"")
+            state.forget()
+        self.assertEqual((moved / "events.jsonl.delivery").read_bytes(), b"")
+
+    def test_nothing_fails_once_a_delivery_is_forgotten(self):
+        events = self.path("events.jsonl", EVENT + b"\n")
+        refused = PermissionError(errno.EACCES, "Permission denied")
+        stat = unittest.mock.patch.object(client_module.os, "stat", side_effect=refused)
+        with opened_delivery(events) as (_, state):
+            with stat as asked:
+                state.forget()
+            asked.assert_called_once()
+        self.assertEqual(self.state.read_bytes(), b"")
 
     def test_a_file_that_somebody_else_has_locked_is_sent(self):
         server = Server(self)
