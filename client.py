@@ -1183,9 +1183,13 @@ class Sender:
     def post_event(self, batch):
         """Send a batch of one line once, as post_batch does, to a server of single events."""
         answer = self._post(batch, JSON, EVENT_REFUSALS)
-        if answer.status in EVENT_REFUSALS:
-            return {batch.first: answer.error() or answer.words()}
         result = answer.json_object()
+        if answer.status in EVENT_REFUSALS:
+            # Anything between us and the server may answer so, too. The event may be counted.
+            if result is None or answer.error() is None:
+                words = f"{self._url} answered with {answer.words()}"
+                raise Failure(f"{words}, which does not say what is wrong with the event.")
+            return {batch.first: answer.error()}
         if answer.status != 200 or result is None or not isinstance(result.get("message"), str):
             raise Retry(f"{answer.words()}, which is no answer to an event")
         return {}

@@ -207,6 +207,27 @@ class Requests(ClientTest):
         self.assertEqual(self.rejected_files(), [long[: 512 * 1024 - 4] + b"...\n"])
         self.assertLessEqual(max(len(body) for _, body in server.posts), 512 * 1024)
 
+    def test_a_page_of_somebody_else_refuses_no_single_event(self):
+        page = {"Content-Type": "text/html"}
+        answers = {
+            "a page": (400, page, b"<h1>400 Bad Request</h1>"),
+            "JSON that says it is a page": (413, page, b'{"error": "too long"}'),
+            "JSON without an error": (422, {}, b'{"detail": "wrong"}'),
+            "an error that is no text": (400, {}, b'{"error": 400}'),
+            "nothing": (400, {}, b""),
+        }
+        self.path("events.jsonl", EVENT)
+        producers = set()
+        for case, answer in answers.items():
+            single = Recorder(options=[(404, {}, b"")], post=lambda *_: answer)
+            with self.subTest(case), single as server:
+                _, errors = self.client("--url", server.url, status=1)
+                self.assertIn(f"answered with status {answer[0]}", errors)
+                self.assertIn("\nDelivery is unknown from line 1 on.\n", errors)
+                self.assertEqual((len(server.posts), self.rejected_files()), (1, []))
+                producers.add(server.posts[0][0]["Producer-Id"])
+        self.assertEqual(producers, {self.producer_id()})
+
     FULL = b'{"accepted": 2, "rejected": [{"line": 2, "error": "e"}]}'
 
     def assertTriedAgain(self, answers):
