@@ -379,12 +379,16 @@ class StateFile:
     one before was, and loses no rejected line. Notes are not made durable at once: what a power
     cut takes is sent again, and rejected again.
 
+    The last line tells where the rejected lines of a complete delivery are. From then on their
+    file is the user's, who may mend it, send it and remove it.
+
     The file is changed only under its lock and only through the descriptor that is locked, so
     that nobody's delivery is touched by name.
 
     path         of the file
     producer_id  of the delivery, once begin() or resume() has returned
     progress     of the last note
+    published    path of the file that was given the rejected lines, or None before that
     _source      path of the source file
     _fd          the descriptor, which holds the lock; it has one position, so that only one
                  reader may use it at a time
@@ -401,6 +405,7 @@ class StateFile:
         self.path = source + ".delivery"
         self.producer_id = None
         self.progress = Progress()
+        self.published = None
         self._end = 0
         self._fd = self._lock()
 
@@ -437,6 +442,7 @@ class StateFile:
         for note in self.notes():
             self.progress = note.progress
             self._end += note.size
+        self._read_published()
         return Content(state.get("size"), state.get("sha256"))
 
     @staticmethod
@@ -449,6 +455,16 @@ class StateFile:
         written = line.rstrip(b"\0")  # a power cut can leave these
         # Part of a first line, or nothing. Any other text is somebody's, and is not overwritten.
         return written.startswith(STATE_BEGINNING) or STATE_BEGINNING.startswith(written)
+
+    def _read_published(self):
+        """Read the line behind the notes, if it is there and whole."""
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(self._end)
+            line = file.readline(MAX_NOTE_BYTES)
+        path = (decode_object(line) or {}).get("rejectedLinesIn")
+        if isinstance(path, str) and line.endswith(b"\n"):
+            self.published = path
+            self._end += len(line)
 
     def notes(self):
         """Yield each Note, up to the first that is not whole."""
@@ -524,6 +540,15 @@ class StateFile:
                 if rejected_lines:
                     raise
         self.progress = progress
+
+    def note_published(self, path):
+        """Note that the file at path holds the rejected lines; return when that is durable, or
+        raise OSError."""
+        line = json.dumps({"rejectedLinesIn": path}).encode() + b"\n"
+        with naming(self.path):
+            write_all(self._fd, line)
+            sync_file(self._fd)
+        self.published = path
 
     def is_in_place(self):
         """Tell whether the path still leads to this file."""
@@ -1308,8 +1333,8 @@ def publish_rejected_lines(state, path):
     """Write the rejected lines of a complete delivery to the file at path; raise Failure or
     OSError.
 
-    It gets its name when it is complete and durable. If it has it already, a client before came as
-    far as this, and the user may have mended it since: it is left as it is.
+    It gets its name when it is complete and durable. If it has it already, a client before was
+    ended just then: it is left as it is.
     """
     unfinished_path = path + ".unfinished"
     with contextlib.suppress(FileNotFoundError):
@@ -1534,9 +1559,13 @@ def finish(state, source, path, begun):
         )
     if progress.rejected:
         status = 1
-        public_path = rejected_path(path, state.producer_id)
-        publish_rejected_lines(state, public_path)
-        warn(f"The rejected lines are in {public_path}; mend them, then send that file.")
+        if state.published:
+            warn(f"The rejected lines were put into {state.published} by an earlier run.")
+        else:
+            public_path = rejected_path(path, state.producer_id)
+            publish_rejected_lines(state, public_path)
+            state.note_published(public_path)
+            warn(f"The rejected lines are in {public_path}; mend them, then send that file.")
     seconds = time.monotonic() - begun
     counts = f"{progress.accepted:,} events accepted, {progress.rejected:,} rejected"
     try:

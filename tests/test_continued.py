@@ -117,21 +117,44 @@ class Continued(ClientTest):
         self.assertEqual(self.rejected_files(), [b"\xff\x00bad\r\nworse\n"])
         self.assertIn("events.jsonl:5: bad\n", errors)
 
-    def test_rejected_lines_that_were_mended_are_left_as_they_are(self):
+    def test_rejected_lines_that_were_published_are_the_users(self):
+        dealt_with = {
+            "mended": lambda collected: collected.write_bytes(EVENT),
+            "removed": lambda collected: collected.unlink(),
+        }
+        for case, deal_with in dealt_with.items():
+            with self.subTest(case):
+                self.path("events.jsonl", b"bad\n" + EVENT + b"\n")
+                with open("/dev/full", "w") as full:
+                    with Recorder(
+                        options=[BATCHES], post=lambda _, body: answer_to(body)
+                    ) as server:
+                        status, _, errors = self.run_client("--url", server.url, stdout=full)
+                self.assertIn("the receipt cannot be printed: No space left on device", errors)
+                self.assertEqual((status, self.rejected_files()), (1, [b"bad\n"]))
+                [collected] = self.directory.glob("events.jsonl.rejected-*")
+                deal_with(collected)
+                before = self.rejected_files()
+                sent, output, errors = self.deliver(0)
+                self.assertEqual((sent, self.rejected_files()), ([], before))
+                self.assertIn(f"were put into {collected} by an earlier run", errors)
+                self.assertIn("1 events accepted, 1 rejected", output)
+                self.assertFalse(self.state.exists())
+                collected.unlink(missing_ok=True)
+
+    def test_a_torn_line_about_the_rejected_lines_is_written_again(self):
         self.path("events.jsonl", b"bad\n" + EVENT + b"\n")
         with open("/dev/full", "w") as full:
-            with Recorder(
-                options=[BATCHES], post=lambda _, body: answer_to(body)
-            ) as server:
-                status, _, errors = self.run_client("--url", server.url, stdout=full)
-        self.assertEqual((status, self.rejected_files()), (1, [b"bad\n"]))
-        self.assertIn("the receipt cannot be printed: No space left on device", errors)
-        [collected] = self.directory.glob("events.jsonl.rejected-*")
-        collected.write_bytes(EVENT)
-        sent, output, errors = self.deliver(0)
-        self.assertEqual((sent, self.rejected_files()), ([], [EVENT]))
-        self.assertIn("1 events accepted, 1 rejected", output)
-        self.assertFalse(self.state.exists())
+            with Recorder(options=[BATCHES], post=lambda _, body: answer_to(body)) as server:
+                self.run_client("--url", server.url, stdout=full)
+        lines = self.state.read_bytes()
+        self.assertIn(b'{"rejectedLinesIn": ', lines)
+        self.state.write_bytes(lines[:-1])
+        with open("/dev/full", "w") as full:
+            _, _, errors = self.run_client(stdout=full)
+        self.assertIn("The rejected lines are in", errors)
+        self.assertEqual(self.state.read_bytes(), lines)
+        self.assertEqual(self.rejected_files(), [b"bad\n"])
 
     def test_what_an_earlier_version_collected_is_not_taken_for_complete(self):
         self.path("events.jsonl", b"bad\n" + EVENT)
@@ -432,7 +455,7 @@ class KilledAnywhere(ClientTest):
             self.assertEqual(client_module.main(arguments), 1)
         begun = ["empty", "sync file", "sync directory"]
         notes = ["sync file", "sync directory"]
-        rejected_lines = ["sync file", "link", "sync directory"]
+        rejected_lines = ["sync file", "link", "sync directory", "sync file"]
         receipt = ["sync file"]
         end = ["empty", "sync file", "sync directory"]
         self.assertEqual(
