@@ -96,7 +96,7 @@ MAX_HEAD_BYTES = 64 * 1024
 HELD_BODY_BYTES = 64 * 1024 * 1024
 # Answers that their peers do not read. Who is over it is cut off.
 UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
-# Batches that are decoded, stamped and handed to the log at the same time; further ones wait.
+# Batches that are decoded and stamped at the same time; further ones wait.
 DECODED_BATCHES = 8
 # Lines that wait for the disk; further ones wait until these are being written.
 GROUP_BYTES = 16 * 1024 * 1024
@@ -363,10 +363,11 @@ class LogWriter:
         self._fd = None
         self._remark = ""
 
-    def append(self, lines, answer):
+    def append(self, lines, deadline, answer):
         """Make lines (bytes, whole lines) durable, then call answer(None), or answer(error): then
-        they must not be acknowledged."""
-        waiting = Waiting(lines, time.monotonic() + LOCK_SECONDS)
+        they must not be acknowledged. The log's lock is waited for until the deadline, in seconds
+        of time.monotonic."""
+        waiting = Waiting(lines, deadline)
         written = self._rounds.join(waiting, answer, len(lines))
         if written is None:
             return  # another thread does it, and prints what is to be said
@@ -400,8 +401,8 @@ class LogWriter:
     def _write(self, members):
         """Make the lines of a round durable, or raise the reason why they are not."""
         data = b"".join([member.item.text for member in members])
-        first = members[0].item  # who came first has waited longest
-        end = self._open_locked(first.deadline)
+        deadline = min([member.item.deadline for member in members])
+        end = self._open_locked(deadline)
         if end == 0:
             data = add_log_field(data)
         try:
@@ -989,6 +990,13 @@ METHODS = {
 }
 
 
+class Logged(NamedTuple):
+    """What is to be logged of a request, and what is then answered."""
+
+    lines: bytes  # stamped; empty if no line of a batch is valid
+    answer: bytes  # the body of the answer 200
+
+
 @functools.lru_cache(maxsize=1)  # for the answers of one second
 def http_date(second):
     """Return the second (of time.time) as HTTP writes it."""
@@ -1236,14 +1244,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first_id = read_event_id(self.headers)
         body = self.read_body()
         self.state.deadline = math.inf  # from now on the delay is the server's
+        deadline = time.monotonic() + LOCK_SECONDS
         if media == JSON:
-            self.log_event(body, first_id)
+            logged = self.stamp_event(body, first_id)
         else:
             with self.server.decoding:
-                self.log_batch(body, first_id)
+                logged = self.stamp_batch(body, first_id)
+        if logged.lines:
+            answer = functools.partial(self.settle, self.answer_logged, logged.answer)
+            self.server.log.append(logged.lines, deadline, answer)
+        else:
+            self.answer(200, logged.answer)
 
-    def log_event(self, body, event_id):
-        """Log the event in body, under event_id or, without one, an id of this worker."""
+    def stamp_event(self, body, event_id):
+        """Return the Logged event in body, under event_id or, without one, an id of this worker;
+        or raise Refusal."""
         if not body.strip():
             raise Refusal(400, "the body is empty")
         try:
@@ -1252,11 +1267,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, str(error)) from None
         if event_id is None:
             event_id = self.server.assign_ids(1)
-        self.log_lines(stamp(line, event_id), b'{"message": "Event received"}')
+        return Logged(stamp(line, event_id), b'{"message": "Event received"}')
 
-    def log_batch(self, body, first_id):
-        """Log the valid lines of body, under ids from first_id on or, without one, ids of this
-        worker."""
+    def stamp_batch(self, body, first_id):
+        """Return the Logged valid lines of body, under ids from first_id on or, without one, ids of
+        this worker; or raise Refusal."""
         if not body.endswith(b"\n"):
             body += b"\n"
         count = body.count(b"\n")
@@ -1268,23 +1283,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         result = {"message": "Events received", "accepted": events, "rejected": rejected}
         answer = json.dumps(result).encode()
         if not accepted:
-            self.answer(200, answer)
-            return
+            return Logged(b"", answer)
         if first_id is None:
             # Consecutive ids for the events alone: every gap would stay in the database.
             text = b"".join([lines.text for lines in accepted])
-            self.log_lines(stamp(text, self.server.assign_ids(events)), answer)
-            return
+            return Logged(stamp(text, self.server.assign_ids(events)), answer)
         stamped = []
         for lines in accepted:
             event_id = EventId(first_id.producer, first_id.sequence + lines.index)
             stamped.append(stamp(lines.text, event_id))
-        self.log_lines(b"".join(stamped), answer)
-
-    def log_lines(self, lines, body):
-        """Have stamped lines logged, and then answered with 200 and body, or with an error."""
-        answer = functools.partial(self.settle, self.answer_logged, body)
-        self.server.log.append(lines, answer)
+        return Logged(b"".join(stamped), answer)
 
     # -- Answering, in any thread: nothing here waits or prints
 

@@ -206,7 +206,7 @@ class Answering(RequestTest):
         }
         for case, (error, status) in cases.items():
 
-            def fail(_lines, done):
+            def fail(_lines, _deadline, done):
                 done(error)
 
             log.append = fail
@@ -256,7 +256,7 @@ class Answering(RequestTest):
 
     def test_answers_of_a_server_that_stops_end_their_connections(self):
         pending = []
-        log = unittest.mock.Mock(failed=None, append=lambda lines, done: pending.append(done))
+        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, done: pending.append(done))
         with contextlib.ExitStack() as stack:
             with serving(log, DRAIN_SECONDS=1) as worker:
                 wire = stack.enter_context(socket.create_connection(worker.address, timeout=20))

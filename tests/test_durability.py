@@ -20,7 +20,7 @@ from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in, with_id
 from tests.tools_faults import FaultyCalls
 from tests.tools_http import post, read_answer, serving
-from tests.tools_parts import append, captured, opened_log, warnings_of
+from tests.tools_parts import append, append_for, captured, opened_log, warnings_of
 
 
 class LogCalls(FaultyCalls):
@@ -142,9 +142,10 @@ class Durability(SystemTest):
             path = self.path(f"log{at}")
             outcomes = []
             with opened_log(path) as log:
-                other = threading.Thread(target=log.append, args=[second, outcomes.append])
+                arguments = [log, second, outcomes.append]
+                other = threading.Thread(target=append_for, args=arguments)
                 with Interrupted().made_by(server_module, data_processor):
-                    log.append(first, outcomes.append)
+                    append_for(log, first, outcomes.append)
                     if not other.ident:  # it was not started: there was no such call
                         break
                     other.join(20)
@@ -160,10 +161,10 @@ class Durability(SystemTest):
             server_module, "sync_file", lambda fd: syncs.append(fd) or goes_on.wait(20)
         )
         with opened_log(self.path("log")) as log, sync:
-            threads = [
-                threading.Thread(target=log.append, args=[with_id("p", n).encode(), done.append])
-                for n in range(10)
-            ]
+            threads = []
+            for number in range(10):
+                arguments = [log, with_id("p", number).encode(), done.append]
+                threads.append(threading.Thread(target=append_for, args=arguments))
             threads[0].start()
             wait_until(lambda: syncs, "the first is syncing")
             for thread in threads[1:]:
@@ -194,7 +195,8 @@ class Durability(SystemTest):
         ):
             threads = []
             for _ in range(11):
-                threads.append(threading.Thread(target=log.append, args=[line, done.append]))
+                arguments = [log, line, done.append]
+                threads.append(threading.Thread(target=append_for, args=arguments))
                 threads[-1].start()
                 wait_until(lambda: sizes, "the first is syncing")
             time.sleep(0.2)
@@ -220,7 +222,7 @@ class Durability(SystemTest):
             captured(),
             unittest.mock.patch.object(server_module.fcntl, "flock", fail),
         ):
-            log.append(with_id("p", 1).encode(), done.append)
+            append_for(log, with_id("p", 1).encode(), done.append)
         (error,) = done
         self.assertRegex(error.strerror, "stale; .* may or may not count")
 
@@ -358,5 +360,5 @@ class Durability(SystemTest):
             unittest.mock.patch.object(server_module, "write_all", write_a_part),
             unittest.mock.patch.object(os, "ftruncate", side_effect=OSError(errno.EIO, "I/O")),
         ):
-            log.append(with_id("p", 1).encode(), outcomes.append)
+            append_for(log, with_id("p", 1).encode(), outcomes.append)
         self.assertRegex(outcomes[0].strerror, "I/O; .* may or may not count")

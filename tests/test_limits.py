@@ -48,7 +48,7 @@ class Limits(RequestTest):
         health = request("GET", "/health")
         large = post(f"Content-Length: {2**30}")
         log = unittest.mock.Mock(
-            failed=None, append=lambda lines, done: threading.Timer(0.1, done, [None]).start()
+            failed=None, append=lambda lines, deadline, done: threading.Timer(0.1, done, [None]).start()
         )
         soon = {"PEER_IDLE_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}
         cases = {
@@ -85,7 +85,7 @@ class Limits(RequestTest):
 
     def test_a_slow_disk_is_waited_for(self):
         pending = []
-        log = unittest.mock.Mock(failed=None, append=lambda lines, done: pending.append(done))
+        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, done: pending.append(done))
         with serving(log, REQUEST_SECONDS=0.1, PEER_IDLE_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
             with socket.create_connection(worker.address, timeout=20) as waiting:
                 waiting.sendall(post(body=EVENT))
@@ -124,7 +124,7 @@ class Limits(RequestTest):
             decoding.pop()
             return judge_batch(body)
 
-        log = unittest.mock.Mock(failed=None, append=lambda lines, done: done(None))
+        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, done: done(None))
         with (
             unittest.mock.patch.object(server_module, "judge_batch", count),
             contextlib.ExitStack() as stack,
@@ -138,6 +138,41 @@ class Limits(RequestTest):
                 wire.sendall(post(body=EVENT, media="application/x-ndjson"))
             self.assertEqual({read_answer(wire)[0] for wire in wires}, {200})
         self.assertEqual((len(most), max(most)), (8, 3))
+
+    def test_a_batch_waits_for_the_disk_no_longer_because_of_other_batches(self):
+        judge_batch = server_module.judge_batch
+        decoded = []  # when it began
+        deadlines = []
+        goes_on = threading.Event()
+
+        def judge(body):
+            decoded.append(time.monotonic())
+            return judge_batch(body)
+
+        def append(lines, deadline, answer):
+            deadlines.append(deadline)
+            goes_on.wait(20)
+            answer(None)
+
+        log = unittest.mock.Mock(failed=None, append=append)
+        with (
+            unittest.mock.patch.object(server_module, "judge_batch", judge),
+            contextlib.ExitStack() as stack,
+            serving(log, DECODED_BATCHES=1) as worker,
+        ):
+            wires = []
+            for _ in range(2):
+                wire = socket.create_connection(worker.address, timeout=20)
+                wires.append(stack.enter_context(wire))
+                wire.sendall(post(body=EVENT, media="application/x-ndjson"))
+            try:
+                wait_until(lambda: len(deadlines) == 2, "both batches wait for the disk")
+            finally:
+                goes_on.set()
+            self.assertEqual({read_answer(wire)[0] for wire in wires}, {200})
+        # They count from the moment when the body was whole.
+        self.assertLessEqual(min(deadlines), min(decoded) + server_module.LOCK_SECONDS)
+        self.assertLessEqual(max(deadlines), max(decoded) + server_module.LOCK_SECONDS)
 
     def test_a_peer_that_vanishes_at_any_stage_leaves_no_trace(self):
         server = Server(self)
@@ -286,7 +321,7 @@ class Room(RequestTest):
 
     def test_whoever_waits_for_an_answer_keeps_the_connection(self):
         pending = []
-        log = unittest.mock.Mock(failed=None, append=lambda lines, answer: pending.append(answer))
+        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, answer: pending.append(answer))
         with serving(log, MAX_CONNECTIONS=1) as worker:
             first = self.connect(worker)
             first.sendall(post(body=EVENT))
@@ -304,7 +339,7 @@ class Room(RequestTest):
             "with a length": post(length) + EVENT[:40],
             "in chunks": post("Transfer-Encoding: chunked") + b"28\r\n" + EVENT[:40],
         }
-        log = unittest.mock.Mock(failed=None, append=lambda lines, answer: answer(None))
+        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, answer: answer(None))
         for case, part in parts.items():
             with (
                 self.subTest(case),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import unittest.mock
 from decimal import Decimal
@@ -86,10 +87,16 @@ def opened_log(path):
             os.close(log._fd)
 
 
+def append_for(log, line, answer):
+    """Append a line to a server's log, as a request does that is whole now."""
+    deadline = time.monotonic() + server_module.LOCK_SECONDS
+    log.append(line, deadline, answer)
+
+
 def append(log, line):
     """Append a line to a server's log, or raise what kept it from being durable."""
     outcome = []
-    log.append(line, outcome.append)
+    append_for(log, line, outcome.append)
     if outcome != [None]:
         raise outcome[0]
 
