@@ -500,6 +500,12 @@ class StateFile:
             return None
         return Note(progress, rejected_lines, len(line))
 
+    def is_complete(self, content):
+        """Tell whether every line of the content is answered, and no rejected line is needed."""
+        if self.progress.rejected and not self.published:
+            return False
+        return self.progress.offset == content.size
+
     def begin(self, content):
         """Begin a delivery under a new producer id; return when that is durable, or raise
         OSError."""
@@ -762,6 +768,10 @@ class Source:
     def is_unchanged(self):
         """Tell whether what was sent is what the file held when the delivery began."""
         return self._hash.hexdigest() == self.content.sha256
+
+    def has_same_size(self):
+        """Tell whether the file is as long as when the delivery began."""
+        return os.fstat(self._fd).st_size == self.content.size
 
     def close(self):
         """Close the file."""
@@ -1493,6 +1503,13 @@ def begin_or_resume(state, source, restart):
     elif unfinished == source.content and state.progress.offset <= source.content.size:
         state.resume()
         warn(f"{source.name}: going on with the delivery that was interrupted.")
+    elif state.is_complete(unfinished):
+        raise Failure(
+            f"{source.name} has changed since its content before was delivered whole "
+            f"({state.progress.accepted:,} events accepted, {state.progress.rejected:,} rejected).",
+            f"If it holds new events alone, remove {state.path} and run this command again. "
+            "Events that it held before would count twice.",
+        )
     else:
         words = f"{source.name} has changed since its unfinished delivery began."
         raise Failure(f"{words} {RESTART_ADVICE}")
@@ -1556,6 +1573,13 @@ def finish(state, source, path, begun):
         warn(
             f"{source.name} changed while it was sent. What was sent is what was read, a part of "
             "it before and a part after the change: compare it with the sums."
+        )
+    elif not source.has_same_size():
+        status = 1
+        warn(
+            f"{source.name} changed while it was sent: it is no longer {source.content.size} bytes "
+            "long. So many were sent, and maybe a part of a last line. Send what was appended in a "
+            "file of its own; this file sent again counts twice."
         )
     if progress.rejected:
         status = 1

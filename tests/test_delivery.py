@@ -378,6 +378,50 @@ class Delivery(ClientTest):
         self.assertIn("1 events accepted, 1 rejected", output)
         self.assertNotIn("changed while it was sent", errors)  # it was read before
 
+    def test_a_file_that_grows_while_it_is_sent_is_said(self):
+        appended = {"whole lines": (EVENT + b"\n", EVENT + b"\n"), "half a line": (b"{", b"}\n")}
+        for case, (before, after) in appended.items():
+            with self.subTest(case), StoppingServer(self) as server:
+                events = self.path("events.jsonl", before)
+                client = self.start("client.py", "--url", server.url, "--give-up-after", 1000)
+                server.wait_for_a_post()
+                events.write_bytes(before + after)
+                server.go_on()
+                output, errors = client.communicate(timeout=20)
+                said = f"changed while it was sent: it is no longer {len(before)} bytes long"
+                self.assertIn(said, errors)
+                self.assertEqual((output[:17], client.returncode), ("1 events accepted", 1))
+                self.assertEqual((len(server.posts), self.state.exists()), (1, False))
+
+    def test_new_content_after_a_whole_delivery_is_told_what_was_delivered(self):
+        server = Server(self)
+        events = self.path("events.jsonl", EVENT + b"\n" + EVENT + b"\nbad\n")
+        with open("/dev/full", "w") as full:
+            self.run_client("--url", server.url, stdout=full)
+        before = self.state.read_bytes()
+        events.write_bytes(EVENT + b"\n")
+        _, errors = self.client("--url", server.url, status=1)
+        self.assertIn("was delivered whole (2 events accepted, 1 rejected)", errors)
+        self.assertIn(f"new events alone, remove {self.state} and run", errors)
+        self.assertNotIn("--restart", errors)
+        self.assertEqual(self.state.read_bytes(), before)
+        self.state.unlink()
+        self.client("--url", server.url)
+        self.assertEqual(len(ids_in(server.log)), 3)
+
+    def test_rejected_lines_that_are_still_needed_are_not_said_to_be_done(self):
+        server = Server(self)
+        events = self.path("events.jsonl", b"bad\n")
+        with open("/dev/full", "w") as full:
+            self.run_client("--url", server.url, stdout=full)
+        *notes, published = self.state.read_bytes().splitlines(keepends=True)
+        self.assertIn(b"rejectedLinesIn", published)
+        self.state.write_bytes(b"".join(notes))
+        events.write_bytes(EVENT + b"\n")
+        _, errors = self.client("--url", server.url, status=1)
+        self.assertIn("its unfinished delivery began", errors)
+        self.assertNotIn("remove", errors)
+
     def test_a_file_that_is_rewritten_before_it_is_read_is_said(self):
         port = free_port()
         events = self.path("events.jsonl", EVENT + b"\n")
