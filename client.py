@@ -1329,9 +1329,21 @@ def rejected_path(path, producer_id):
     return f"{path}.rejected-{producer_id}"
 
 
-def check_that_name_is_free(path):
-    """Raise Failure if the file of an unfinished delivery's rejected lines is there already. An
-    earlier version of this client named it so before it was complete."""
+def unfinished_path(path):
+    """Return the name that the file of rejected lines has before it is complete."""
+    return path + ".unfinished"
+
+
+def check_rejected_path(path):
+    """Raise Failure if the rejected lines of an unfinished delivery could not get this name."""
+    try:
+        os.lstat(unfinished_path(path))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        words = f"The rejected lines cannot be kept in {path}: {words_of(error)}."
+        raise Failure(f"{words} Give the file a name for which this is possible.") from error
+    # An earlier version of this client named the file so before it was complete.
     if os.path.lexists(path):
         raise Failure(
             f"{path} was left by an earlier version of client.py. Rename it, then run this "
@@ -1346,23 +1358,23 @@ def publish_rejected_lines(state, path):
     It gets its name when it is complete and durable. If it has it already, a client before was
     ended just then: it is left as it is.
     """
-    unfinished_path = path + ".unfinished"
+    collected = unfinished_path(path)
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(unfinished_path)  # a killed client's
+        os.unlink(collected)  # a killed client's
     if not os.path.isfile(path):
         # First the notes. If a power cut took some of them and left the file under this name, the
-        # delivery would seem unfinished, and check_that_name_is_free() would refuse to go on.
+        # delivery would seem unfinished, and check_rejected_path() would refuse to go on.
         state.sync()
-        fd = os.open(unfinished_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        fd = os.open(collected, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
-            with naming(unfinished_path):
+            with naming(collected):
                 for note in state.notes():
                     for line in note.rejected_lines:
                         write_all(fd, line + b"\n")
                 sync_file(fd)
         finally:
             os.close(fd)
-        rename_without_overwriting(unfinished_path, path)
+        rename_without_overwriting(collected, path)
     sync_directory(os.path.dirname(path))
 
 
@@ -1482,7 +1494,7 @@ def deliver_file(options):
         with contextlib.closing(StateFile(path)) as state:
             begin_or_resume(state, source, options.restart)
             if state.progress.offset < source.content.size:
-                check_that_name_is_free(rejected_path(path, state.producer_id))
+                check_rejected_path(rejected_path(path, state.producer_id))
                 send(state, source, options)
             return finish(state, source, path, begun)
 

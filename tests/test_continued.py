@@ -167,6 +167,26 @@ class Continued(ClientTest):
         self.deliver(9)
         self.assertEqual(self.rejected_files(), [b"bad\n"])
 
+    def test_a_name_too_long_for_rejected_lines_is_said_before_a_request(self):
+        name = "n" * 220
+        self.path(name, b"bad\n")
+        with Recorder(options=[BATCHES], post=lambda _, body: answer_to(body)) as server:
+            _, errors = self.client(name, "--url", server.url, status=1)
+            self.assertIn("The rejected lines cannot be kept in", errors)
+            self.assertIn("File name too long", errors)
+            self.assertEqual(server.posts, [])
+            longest = "n" * (255 - len(".rejected-.unfinished") - 22)
+            self.path(longest, b"bad\n")
+            _, errors = self.client(longest, "--url", server.url, status=1)
+            self.assertIn("mend them, then send that file", errors)
+
+    def test_a_killed_clients_unfinished_file_is_in_nobodys_way(self):
+        self.path("events.jsonl", b"bad\n" + EVENT)
+        producer_id = self.interrupted()
+        left = self.path(f"events.jsonl.rejected-{producer_id}.unfinished", b"ba")
+        self.deliver(9)
+        self.assertEqual((self.rejected_files(), left.exists()), ([b"bad\n"], False))
+
     def test_without_hard_links_rejected_lines_get_their_name_too(self):
         self.path("events.jsonl", b"bad\n")
         patch = (
