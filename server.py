@@ -1635,6 +1635,8 @@ class Supervisor:
 
     def _stop(self, *_):
         """Tell the workers to stop, and kill those that do not end in time."""
+        if self._is_stopping():
+            return  # who asks again gives them no more time
         self._writing_end.close()
         signal.alarm(math.ceil(STOP_SECONDS + KILL_SECONDS))
 

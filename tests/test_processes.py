@@ -303,6 +303,17 @@ server.Worker.run = die
         self.assertEqual(server.stop(), 1)
         wait_until(lambda: not any(map(alive, workers)), "no worker is left")
 
+    def test_whoever_tells_a_server_again_to_stop_does_not_defer_its_end(self):
+        server = Server(self, patch="server.STOP_SECONDS = server.KILL_SECONDS = 0.2")
+        os.kill(server.workers()[0], signal.SIGSTOP)
+
+        def ended():
+            server.process.terminate()
+            return server.said()
+
+        (said,) = wait_until(ended, "the worker that stands still is given up")
+        self.assertIn("were killed", said)
+
     def test_a_stderr_that_takes_nothing_holds_up_nobody(self):
         failing = self.path("failing")
         script, path = patched(
