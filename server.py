@@ -1707,14 +1707,21 @@ class Supervisor:
 
     def _start_worker(self):
         """Start a process that exits with what the worker's run() returns, or raise OSError."""
-        process = os.fork()
-        if process:
+        # A terminal or systemd tells every process to stop, but the parent decides. From its first
+        # moment on, a worker must not run the parent's handlers, which would kill the others.
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            process = os.fork()
+            if not process:
+                self._work()  # it does not return
             self._started[process] = time.monotonic()
-            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+    def _work(self):
+        """Be a worker, and exit with what its run() returns."""
         status = 1
         try:
-            # A terminal or systemd tells every process to stop, but the parent decides.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
             self._writing_end.close()
             status = self._new_worker().run(self._lifeline)
         except (OSError, RuntimeError) as error:  # no descriptor or no thread for what it needs

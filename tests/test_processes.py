@@ -314,6 +314,31 @@ server.Worker.run = die
         (said,) = wait_until(ended, "the worker that stands still is given up")
         self.assertIn("were killed", said)
 
+    def test_a_worker_never_runs_the_handlers_of_the_parent(self):
+        server = Server(
+            self,
+            "--workers",
+            "2",
+            patch="""
+import os, signal
+def fork(real=os.fork):
+    process = real()
+    if not process:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.close(os.open("told", os.O_CREAT))
+    return process
+def stop(self, *_, real=server.Supervisor._stop):
+    with open("handled", "a") as handled:
+        print(os.getpid(), file=handled)
+    real(self)
+os.fork, server.Supervisor._stop = fork, stop
+""",
+        )
+        wait_until(self.path("told").exists, "a worker was told to stop when it had begun")
+        self.assertEqual(server.post(EVENT)[0], 200)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.path("handled").read_text().split(), [str(server.process.pid)])
+
     def test_a_stderr_that_takes_nothing_holds_up_nobody(self):
         failing = self.path("failing")
         script, path = patched(
