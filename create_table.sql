@@ -14,8 +14,8 @@ DECLARE
     tables oid[];
     files oid[];
     stamps text[];  -- what their comments say of the tables that belong together
-    holds boolean[];  -- whether each holds what was counted
-    held boolean[];  -- whether it did when it was stamped
+    holds_now boolean[];  -- whether each holds what was counted
+    held_before boolean[];  -- whether it did when it was stamped
     same_table boolean[];  -- whether it has the oid that it had then
     same_file boolean[];  -- and the file
     cluster text;
@@ -23,12 +23,12 @@ DECLARE
     state text;  -- what stands behind the id in a stamp
     known_stamp text;
     known text[];  -- its parts
-    here boolean;  -- whether they were stamped in this database
+    same_database boolean;  -- whether they were stamped in this database
     together boolean;
     ids_are_lost boolean;  -- whether another table than users_revenue is at fault
     may_stamp boolean;
-    again text;
-    zero text;
+    recount_sql text;
+    begin_at_zero_sql text;
     new_id text;
     new_stamp text;
     old_comment text;
@@ -101,6 +101,10 @@ BEGIN
     -- checked; in another CLUSTER (or database) they mean nothing. SHAPE says what the catalogue
     -- said of them, HELD which of them held what was counted. If all of that is as it was, the
     -- tables were checked as they are.
+    --
+    -- xmin is the transaction that last wrote a row of the catalogue; VACUUM and ANALYZE update in
+    -- place and leave it. A changed function of a trigger, or type of a sequence, is not seen: it
+    -- is found at the next change of a table.
     tables := ARRAY['users_revenue'::regclass, 'event_producers'::regclass,
                     'event_logs'::regclass];
     cluster := (SELECT system_identifier FROM pg_control_system()) || '.'
@@ -124,13 +128,15 @@ BEGIN
         files[number] := coalesce(pg_relation_filenode(tables[number]), 0);
     END LOOP;
     PERFORM FROM users_revenue LIMIT 1;
-    holds[1] := FOUND;
+    holds_now[1] := FOUND;
     PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
-    holds[2] := FOUND;
+    holds_now[2] := FOUND;
     PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
-    holds[3] := FOUND;
+    holds_now[3] := FOUND;
     state := concat_ws(' ', cluster, array_to_string(tables, ' '), array_to_string(files, ' '),
-                       shape, array_to_string(holds, ' '));
+                       shape, array_to_string(holds_now, ' '));
+    -- known[1] is ID, [2] CLUSTER, [3..5] OIDS, [6..8] FILES, [9] SHAPE, [10..12] HELD (t or f).
+    -- known[1] is ID, [2] CLUSTER, [3..5] OIDS, [6..8] FILES, [9] SHAPE, [10..12] HELD (t or f).
     known := string_to_array(stamps[1], ' ');
     IF stamps[1] = known[1] || ' ' || state AND stamps[2] = stamps[1] AND stamps[3] = stamps[1] THEN
         RETURN;
@@ -144,7 +150,8 @@ BEGIN
             'search_path = SCHEMA';
     END IF;
 
-    -- A permanent table, ordinary or partitioned, without heirs and rules.
+    -- A permanent table, ordinary or partitioned, without heirs and rules. (The branches of CASE
+    -- and the condition below list the same cases.)
     SELECT format(CASE
             WHEN relkind NOT IN ('r', 'p') THEN
                 '%1$s is no table; rename it, so that a table can be created'
@@ -153,7 +160,8 @@ BEGIN
                 'SET LOGGED'
             WHEN relpersistence <> 'p' THEN
                 '%1$s is temporary and hides the real one; mend it with: DROP TABLE pg_temp.%1$s'
-            WHEN EXISTS (SELECT FROM pg_inherits WHERE inhparent = pg_class.oid) THEN
+            WHEN relkind = 'r' AND EXISTS (SELECT FROM pg_inherits
+                                           WHERE inhparent = pg_class.oid) THEN
                 '%1$s has heirs, whose rows it would show as its own; mend it with: '
                 'ALTER TABLE %2$s NO INHERIT %1$s'
             ELSE
@@ -301,37 +309,44 @@ BEGIN
 
     -- ---- The tables belong together --------------------------------------------------------
 
-    -- By the stamps it is noticed when one was emptied, or came back without the others.
+    -- By the stamps it is noticed when one was emptied, or came back without the others:
+    --   stamps differ, or one lacks it and its file is another   came back without the others
+    --   some oids are those of the stamp, and some are not       came back without the others
+    --     (if none is, all three were dumped and restored: that is right)
+    --   a table held something and holds nothing                 was emptied; the last is named
+    --     (but with 2 and 3 empty and all files new, one TRUNCATE emptied all: that is right)
     SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
     FROM pg_class WHERE oid = ANY (tables);
 
     SELECT min(stamp), count(DISTINCT stamp) < 2 INTO known_stamp, together
     FROM unnest(stamps) AS stamp;
     known := string_to_array(known_stamp, ' ');
-    here := known[2] = cluster;
+    same_database := known[2] = cluster;
     FOR number IN 1..3 LOOP
-        held[number] := coalesce(known[9 + number] = 't', false);
-        same_table[number] := coalesce(here AND known[2 + number] = tables[number]::text, false);
-        same_file[number] := coalesce(here AND known[5 + number] = files[number]::text, false);
-        -- Somebody may have replaced a comment. If the others name this very table, it is theirs.
+        held_before[number] := coalesce(known[9 + number] = 't', false);
+        same_table[number] := coalesce(
+            same_database AND known[2 + number] = tables[number]::text, false);
+        same_file[number] := coalesce(
+            same_database AND known[5 + number] = files[number]::text, false);
+        -- A table may have lost its stamp because somebody replaced its comment. It is the same
+        -- one if the others' stamp names its file.
         IF known_stamp IS NOT NULL AND stamps[number] IS NULL AND NOT same_file[number] THEN
             together := false;
         END IF;
     END LOOP;
-    -- All of them may have come back, and have other oids; but not some of them.
     IF true = ANY (same_table) AND false = ANY (same_table) THEN
         together := false;
     END IF;
     IF together THEN
         FOR number IN 1..3 LOOP
-            IF held[number] AND NOT holds[number] THEN
+            IF held_before[number] AND NOT holds_now[number] THEN
                 fault := format('%s was emptied', tables[number]::regclass);
                 ids_are_lost := number > 1;
             END IF;
         END LOOP;
         -- After one TRUNCATE of all three, somebody may have put opening balances into
         -- users_revenue.
-        IF NOT holds[2] AND NOT holds[3] AND NOT true = ANY (same_file) THEN
+        IF NOT holds_now[2] AND NOT holds_now[3] AND NOT true = ANY (same_file) THEN
             fault := NULL;
         END IF;
     ELSE
@@ -342,40 +357,47 @@ BEGIN
         ids_are_lost := stamps[2] IS DISTINCT FROM stamps[3] OR same_table[2] <> same_table[3]
             OR 'event_producers' = ANY (created);
     END IF;
-    -- Who does not own the tables cannot note what they hold. But wherever ids were counted there
-    -- is a user; and who was not there when the tables were stamped came with ids.
+    -- A role that does not own the tables cannot renew the stamp, so HELD is as old as the owner's
+    -- last run. Two losses show all the same: there are counted ids, but no user; or there are
+    -- users now and were none at the stamp, so that they came from events, but no ids and no
+    -- positions are left.
     IF NOT may_stamp AND known_stamp IS NOT NULL AND fault IS NULL THEN
-        IF holds[2] AND NOT holds[1] THEN
+        IF holds_now[2] AND NOT holds_now[1] THEN
             fault := 'users_revenue was emptied';
             ids_are_lost := false;
-        ELSIF holds[1] AND NOT held[1] AND NOT holds[2] AND NOT holds[3] THEN
+        ELSIF holds_now[1] AND NOT held_before[1] AND NOT holds_now[2] AND NOT holds_now[3] THEN
             fault := 'event_producers was emptied';
             ids_are_lost := true;
         END IF;
     END IF;
-    -- Nothing is wrong while none of them holds anything.
-    IF fault IS NOT NULL AND true = ANY (holds) THEN
-        again := 'TRUNCATE users_revenue, event_producers, event_logs';
+    -- Nothing is wrong while none of them holds anything. RAISE takes back the tables that were
+    -- just created: what is advised may name only those that were there before.
+    IF fault IS NOT NULL AND true = ANY (holds_now) THEN
+        recount_sql := 'TRUNCATE users_revenue, event_producers, event_logs';
         IF created <> '{}' THEN
-            SELECT 'DROP TABLE ' || string_agg(listed::regclass::text, ', ') INTO again
+            SELECT 'DROP TABLE ' || string_agg(listed::regclass::text, ', ') INTO recount_sql
             FROM unnest(tables) AS listed
             WHERE listed::regclass::text <> ALL (created);
         END IF;
         IF ids_are_lost THEN  -- nobody knows what was counted
-            zero := 'move the logs to where data_processor.py does not look, and then: ' || again;
+            begin_at_zero_sql := 'move the logs to where data_processor.py does not look, '
+                'and then: ' || recount_sql;
         ELSE  -- tables without stamps are taken as they are: what was counted stays known
-            zero := 'COMMENT ON TABLE event_producers IS NULL; COMMENT ON TABLE event_logs IS NULL';
+            begin_at_zero_sql := 'COMMENT ON TABLE event_producers IS NULL; '
+                'COMMENT ON TABLE event_logs IS NULL';
             IF created = '{}' THEN
-                zero := 'TRUNCATE users_revenue; COMMENT ON TABLE users_revenue IS NULL; ' || zero;
+                begin_at_zero_sql := 'TRUNCATE users_revenue; '
+                    'COMMENT ON TABLE users_revenue IS NULL; ' || begin_at_zero_sql;
             END IF;
         END IF;
         IF NOT may_stamp THEN
-            again := again || ' (as the owner of the tables)';
-            zero := zero || ' (as the owner of the tables, who then runs create_table.sql)';
+            recount_sql := recount_sql || ' (as the owner of the tables)';
+            begin_at_zero_sql := begin_at_zero_sql
+                || ' (as the owner of the tables, who then runs create_table.sql)';
         END IF;
         RAISE EXCEPTION 'users_revenue, event_producers and event_logs do not belong together: '
             '%. To count everything again from the logs: %; then run data_processor.py with all '
-            'of them. To begin at zero: %', fault, again, zero;
+            'of them. To begin at zero: %', fault, recount_sql, begin_at_zero_sql;
     END IF;
 
     IF may_stamp THEN

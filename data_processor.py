@@ -437,6 +437,7 @@ def lock_log(path, fd, operation, seconds=LOCK_SECONDS):
         if not leads_to(path, fd):
             return False
         if time.monotonic() >= deadline:
+            # Whoever waits for less has waited for so long before.
             words = f"another program has held its lock for {LOCK_SECONDS} seconds"
             raise OSError(errno.EAGAIN, f"{words} (lsof shows which)", path)
         time.sleep(pause)
@@ -695,7 +696,7 @@ class Block(NamedTuple):
     start: int  # the offset of the first line
     lines: bytes  # each with its LF
     end: int  # the offset after the last line
-    raw: bytes  # what the file has before end, as it was read
+    raw: bytes  # the file's own last bytes before end, without what lines got, for the digest
 
 
 class LogReader:
@@ -933,7 +934,11 @@ def tally_slice(log, part, marks=None):
 
 
 def read_rows(block, no_id_rule):
-    """Return the BlockRows of a Block. A blank line is no event and no error."""
+    """Return the BlockRows of a Block. A blank line is no event and no error.
+
+    Its rows are tuples with the fields user, kind, amount, producer, sequence and other: making a
+    LogLine of each would cost a tenth of the time.
+    """
     if is_utf8(block.lines):
         rows = LOG_LINE.findall(block.lines)
     else:
@@ -962,6 +967,7 @@ def read_odd_rows(block, rows, no_id_rule):
             if row.producer or (row.user and no_id_rule == COUNT):
                 found.numbers.append(number)
                 found.rows.append(row)
+            # With PASS_OVER an event without an id is left out: it was counted.
             elif row.user and no_id_rule == REJECT:
                 no_id_rejected += 1
                 found.rejected.append(Rejected(offset, NO_ID))
@@ -972,7 +978,8 @@ def read_odd_rows(block, rows, no_id_rule):
 
 
 def add_spans(spans, found, lines):
-    """Add the event ids of found, the BlockRows that follow so many lines of a slice, to spans.
+    """Add the event ids of found, the BlockRows that follow so many lines of a slice, to spans,
+    which end with their block.
 
     An event without an id takes the number of its line for a sequence.
     """
@@ -985,6 +992,7 @@ def add_spans(spans, found, lines):
             sequence = int(row_sequence)
         else:
             sequence = lines + number
+        # The next id on the next line extends the span.
         if row_producer == producer and sequence == end and number - line == end - first:
             end += 1
             continue
@@ -1159,14 +1167,14 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
     """Apply the next chunk of log, of about size bytes, in the caller's transaction, which commits
     all of it or nothing; return a Chunk. Raise OSError, Failure or psycopg2.Error.
 
-        bytes before the position  from_start  the chunk starts     events without an id
-        unchanged                  no          at the position      count
-        unchanged                  yes         where reading ended  are passed over, up to it
-        changed                    either      where reading ended  are rejected
+        bytes before the position  from_start                 chunk starts at      without an id
+        unchanged                  yes, and it is not reached  where reading ended  passed over
+        unchanged                  otherwise                   the position         counted
+        changed                    either                      where reading ended  rejected
 
-    The position only moves forward. In a changed log it stays until the log was read to its end
-    without rejecting an event for want of an id: who puts the old bytes back before that finds the
-    old position valid.
+    The position only moves forward: a log that was cut below it is read whole at every run. In a
+    changed log it stays until the log was read to its end without rejecting an event for want of
+    an id: who puts the old bytes back before that finds the old position valid.
     """
     position, digest = lock_position(sql, log)
     unchanged = log.digest(position) == digest
@@ -1205,7 +1213,7 @@ class RecordedPosition(NamedTuple):
 def lock_position(sql, log):
     """Lock the row of log, which is created first if it is missing, and return its
     RecordedPosition."""
-    with locking("event_logs"):
+    with naming_lock("event_logs"):
         sql.execute(
             "INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id]
         )
@@ -1268,12 +1276,12 @@ def count_once(sql, log, tallies):
     processors cannot each wait for the other.
     """
     ids = ids_by_producer(tallies)
-    with locking("event_producers"):
+    with naming_lock("event_producers"):
         lock_producers(sql, ids)
     new = add_ids(sql, ids)
     marks = mark_lines(tallies, new)
     sums = marked_sums(log, tallies, marks)
-    with locking("users_revenue"), refusing():
+    with naming_lock("users_revenue"), naming_refusal():
         add_revenue(sql, sums)
     return sum(lines.count(1) for lines in marks)
 
@@ -1375,6 +1383,7 @@ def mark_lines(tallies, new):
     for span, number in sorted(spans):
         offset = span.line - span.first
         while unclaimed:
+            # The first unclaimed ids begin inside this span, or they are those of a later one.
             ids = unclaimed[0]
             if ids.producer != span.producer or ids.first >= span.end:
                 break
@@ -1444,9 +1453,9 @@ class Locked(Failure):
 
 
 @contextlib.contextmanager
-def locking(table):
-    """Return a context for statements that wait for a lock on table or rows of it. It raises Locked
-    when that takes longer than LOCK_SECONDS."""
+def naming_lock(table):
+    """Return a context for statements that wait for a lock on table or rows of it. It takes no lock
+    itself: it turns a time-out of LOCK_SECONDS into Locked, which names table."""
     try:
         yield
     except psycopg2.errors.LockNotAvailable as error:
@@ -1463,8 +1472,9 @@ class Refused(Failure):
 
 
 @contextlib.contextmanager
-def refusing():
-    """Return a context for a statement that PostgreSQL may refuse because of one log's events."""
+def naming_refusal():
+    """Return a context for a statement that PostgreSQL may refuse because of one log's events: it
+    turns that into Refused."""
     try:
         yield
     except PASSING:
@@ -1517,7 +1527,7 @@ class Database:
         """
         with self.transaction() as sql:
             for table in ("users_revenue", "event_producers", "event_logs"):
-                with locking(table):
+                with naming_lock(table):
                     sql.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
             run_create_table(sql)
             yield sql
@@ -1526,7 +1536,7 @@ class Database:
     def recorded_positions(self):
         """Return {log_id: RecordedPosition} of every log that the database knows."""
         recorded = {}
-        with self.transaction() as sql, locking("event_logs"):
+        with self.transaction() as sql, naming_lock("event_logs"):
             sql.execute("SELECT log_id, position, digest FROM event_logs")
             for log_id, position, digest in sql:
                 recorded[bytes(log_id)] = RecordedPosition(position, bytes(digest))
@@ -1537,7 +1547,7 @@ def run_create_table(sql):
     """Create the tables that are missing and check all of them, if anything about them has changed
     since. Raise Failure."""
     try:
-        with locking("One of the tables"):
+        with naming_lock("One of the tables"):
             sql.execute(read_tables())
     except psycopg2.errors.RaiseException as error:
         raise Failure(sentence(error)) from error  # it may end with a statement to be copied
@@ -1577,6 +1587,8 @@ def open_connection(statement_seconds):
         except Exception as error:
             outcome.append(error)
 
+    # The callback belongs to the whole process. It is off while the thread connects, so that libpq
+    # waits by itself there.
     psycopg2.extensions.set_wait_callback(None)
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -2018,8 +2030,9 @@ class Audit(Applier):
     """Applies logs to temporary tables, which hide the real ones, in one transaction that is never
     committed.
 
-    It stands for its own database, of which apply_new_logs() needs counting() alone. prepare() is
-    never called: so no position is known, and every log is read from its start.
+    Never call prepare() or recover() here: this object is its own database, too, and has only
+    counting(), which is all that apply_new_logs() needs. So no position is known, and every log is
+    read from its start.
 
     connection  to PostgreSQL
     _table      the real users_revenue with its schema, because it is hidden
@@ -2056,6 +2069,8 @@ class Audit(Applier):
                     "The tables do not exist yet; run data_processor.py without --verify first."
                 )
             self._table, search_path = found
+            # create_table.sql knows by exactly this value that it is to create temporary tables,
+            # and to check and stamp nothing.
             sql.execute("SELECT set_config('search_path', 'pg_temp', true)")
             run_create_table(sql)
             sql.execute("SELECT set_config('search_path', 'pg_temp, ' || %s, true)", [search_path])
