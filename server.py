@@ -140,6 +140,8 @@ ROOM_SECONDS = 1
 
 # Connections of a worker; further ones wait in the backlog until one is closed to make room.
 MAX_CONNECTIONS = 1000
+# Descriptors that no connection takes: for the log after a rotation, the database, name look-ups.
+RESERVED_DESCRIPTORS = 16
 # The kernel lowers that to its own limit (net.core.somaxconn).
 BACKLOG = 4096
 # Each connection needs a descriptor, and some may be inherited. macOS allows 256 at first.
@@ -351,7 +353,8 @@ class Written(NamedTuple):
 class LogWriter:
     """The log as one worker appends to it; the other workers append to the same file.
 
-    Only the thread that works for a round touches what it needs (_fd and _remark).
+    Only the thread that works for a round touches what it needs (_fd and _remark). Before the first
+    round, it is the one that calls open_early().
     """
 
     def __init__(self, path):
@@ -369,8 +372,19 @@ class LogWriter:
         of time.monotonic."""
         waiting = Waiting(lines, deadline)
         written = self._rounds.join(waiting, answer, len(lines))
-        if written is None:
-            return  # another thread does it, and prints what is to be said
+        if written is not None:  # else another thread does it, and prints what is to be said
+            self._report(written)
+
+    def open_early(self):
+        """Open the log before there are connections, which could take the descriptors that it
+        needs. If that fails, say why; the next append() tries again."""
+        try:
+            self._fd = self.open()
+        except OSError as error:
+            self._report(Written(error, ""))
+
+    def _report(self, written):
+        """Print what came of a round."""
         if written.remark:
             warn(f"{self.path}: {written.remark}")
         if written.error is None:
@@ -1463,6 +1477,7 @@ class Worker:
         self._selector = selectors.DefaultSelector()
         # A socket and its address for which there was no thread; the next accept() takes it up.
         self._accepted = None
+        self._most_connections = MAX_CONNECTIONS
         # Since when somebody has waited for room; math.inf if nobody does.
         self._crowded_since = math.inf
 
@@ -1473,7 +1488,10 @@ class Worker:
         with self._selector:
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._selector.register(lifeline, selectors.EVENT_READ)
-            ready = set()
+            ready = self.wait(0)
+            if lifeline not in ready:  # else it may be somebody else's log by now
+                self.log.open_early()
+            self._most_connections = most_connections()
             while lifeline not in ready and not self.log.failed:
                 if self._listener in ready or self._accepted is not None:
                     self.accept()  # what it cannot serve yet is tried again after the next look
@@ -1492,7 +1510,7 @@ class Worker:
     def accept(self):
         """Serve a connection from the backlog, in a thread of its own, and return True. Return
         False if there is none, or no room for it now: try again later."""
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= self._most_connections:
             self.make_room()
             return False
         try:
@@ -1588,6 +1606,17 @@ class Worker:
                     overdue = now - connection.deadline
                     if overdue > 0:
                         connection.cut_off(overdue)
+
+
+def most_connections():
+    """Return how many connections a worker may have that has opened all that it needs."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    opened = 0
+    with contextlib.suppress(OSError):  # without it, the reserve is enough for those
+        opened = len(os.listdir("/dev/fd"))
+    return max(1, min(MAX_CONNECTIONS, limit - opened - RESERVED_DESCRIPTORS))
 
 
 class WorkersStuck(Exception):

@@ -346,6 +346,19 @@ class Durability(SystemTest):
         server.log.unlink()
         self.assertEqual(server.post(EVENT)[0], 200)
 
+    def test_a_log_that_cannot_be_opened_at_first_is_opened_later(self):
+        path = self.path("log", b"Dear diary")
+        log = server_module.LogWriter(str(path))
+        self.addCleanup(log._close)
+        with warnings_of(data_processor) as said:
+            log.open_early()
+            path.unlink()
+            append(log, with_id("p", 1).encode())
+        failed, mended = said
+        self.assertRegex(failed, "the log cannot be written: .* is no log")
+        self.assertIn("can be written again", mended)
+        self.assertEqual(ids_in(path), [("p", 1)])
+
     def test_lines_that_cannot_be_taken_back_are_said_to_be_uncertain(self):
         outcomes = []
         error = OSError(errno.ENOSPC, "No space left on device")

@@ -387,6 +387,25 @@ for _ in range(1100):
         self.assertEqual(server.post(EVENT)[0], 200)
         self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
 
+    def test_connections_leave_descriptors_for_the_log_and_the_database(self):
+        server = Server(
+            self,
+            "--workers",
+            "1",
+            patch="""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+""",
+        )
+        with contextlib.ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(server.connect())
+            self.assertEqual(server.post(EVENT)[0], 200)
+            server.log.rename(self.path("rotated"))
+            self.assertEqual(server.post(EVENT)[0], 200)
+            self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)
+        self.assertEqual(server.said(), [])
+
     def test_a_limit_of_descriptors_that_cannot_be_raised_is_no_failure(self):
         for error in ("ValueError", "PermissionError"):
             with self.subTest(error):
