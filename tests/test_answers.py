@@ -256,7 +256,9 @@ class Answering(RequestTest):
 
     def test_answers_of_a_server_that_stops_end_their_connections(self):
         pending = []
-        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, done: pending.append(done))
+        log = unittest.mock.Mock(
+            failed=None, append=lambda lines, deadline, done: pending.append(done)
+        )
         with contextlib.ExitStack() as stack:
             with serving(log, DRAIN_SECONDS=1) as worker:
                 wire = stack.enter_context(socket.create_connection(worker.address, timeout=20))

@@ -48,7 +48,8 @@ class Limits(RequestTest):
         health = request("GET", "/health")
         large = post(f"Content-Length: {2**30}")
         log = unittest.mock.Mock(
-            failed=None, append=lambda lines, deadline, done: threading.Timer(0.1, done, [None]).start()
+            failed=None,
+            append=lambda lines, deadline, done: threading.Timer(0.1, done, [None]).start(),
         )
         soon = {"PEER_IDLE_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}
         cases = {
@@ -85,7 +86,9 @@ class Limits(RequestTest):
 
     def test_a_slow_disk_is_waited_for(self):
         pending = []
-        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, done: pending.append(done))
+        log = unittest.mock.Mock(
+            failed=None, append=lambda lines, deadline, done: pending.append(done)
+        )
         with serving(log, REQUEST_SECONDS=0.1, PEER_IDLE_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
             with socket.create_connection(worker.address, timeout=20) as waiting:
                 waiting.sendall(post(body=EVENT))
@@ -321,7 +324,9 @@ class Room(RequestTest):
 
     def test_whoever_waits_for_an_answer_keeps_the_connection(self):
         pending = []
-        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, answer: pending.append(answer))
+        log = unittest.mock.Mock(
+            failed=None, append=lambda lines, deadline, answer: pending.append(answer)
+        )
         with serving(log, MAX_CONNECTIONS=1) as worker:
             first = self.connect(worker)
             first.sendall(post(body=EVENT))
