@@ -520,16 +520,12 @@ def usable_cores():
 
 # ---- The connection to PostgreSQL
 
-# The status of a psycopg2 connection that is being made, which psycopg2 does not export.
-CONNECTING = 20
-
 
 def connect(**parameters):
     """Return a psycopg2 connection to the database that the environment names.
 
-    parameters are libpq's, for what the environment does not say; async_=True gives an
-    asynchronous connection. Raise Failure when DATABASE_URL makes no sense, or
-    psycopg2.OperationalError.
+    parameters are libpq's, for what the environment does not say. Raise Failure when DATABASE_URL
+    makes no sense, or psycopg2.OperationalError.
     """
     url = os.environ.get("DATABASE_URL", "")
     names_database = bool(url)
@@ -575,15 +571,10 @@ def parse_database_url(url):
 
 
 def wait_for(connection, deadline):
-    """Return when the asynchronous connection has done what it was told; raise TimeoutError at
-    the deadline (in seconds of time.monotonic), or psycopg2.Error."""
+    """Return when the connection has done what it was told: what a wait callback of psycopg2 is to
+    do. Raise TimeoutError at the deadline (in seconds of time.monotonic), or psycopg2.Error."""
     while True:
-        try:
-            state = connection.poll()
-        except psycopg2.OperationalError as error:
-            if connection.status == CONNECTING:
-                raise with_first_address(connection, error) from error
-            raise
+        state = connection.poll()
         if state == psycopg2.extensions.POLL_OK:
             return
         wanted = select.POLLIN
@@ -594,18 +585,6 @@ def wait_for(connection, deadline):
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(1000 * left):
             raise TimeoutError
-
-
-def with_first_address(connection, error):
-    """Return the error of a connection that could not be made, with the address that was tried
-    first: libpq names each address, but forgets the first one when psycopg2 is asynchronous."""
-    words = str(error)
-    if not words.startswith(("connection to server", "could not translate")):
-        parameters = connection.info.dsn_parameters
-        host = parameters.get("host", "")
-        port = parameters.get("port", "")
-        words = f'connection to server at "{host}", port {port} failed: {words}'
-    return psycopg2.OperationalError(words)
 
 
 def sentence(error):

@@ -58,6 +58,7 @@ PROMISES = {
     "test_following": "Rotated logs are found, and --follow reads on through outages.",
     "test_waiting": "The processor waits for nobody without a bound and a word.",
     "test_not_promised": "What is not promised is what the README says.",
+    "test_rules": "Rules of the processor that no other test would miss.",
     "test_troubles": "The trouble of one log stops that log alone.",
     "test_tables": "The tables fit, or the processor says what mends them.",
     "test_belonging": "Tables that do not belong together are refused.",

@@ -13,7 +13,7 @@ import psycopg2
 
 import data_processor
 from tests.tools import SystemTest, alive, children_of, open_terminal, wait_until
-from tests.tools_database import query, setUpModule, stopped_backend
+from tests.tools_database import query, setUpModule, waiting, stopped_backend
 from tests.tools_events import with_id
 from tests.tools_parts import captured, run_patched
 
@@ -96,8 +96,7 @@ class Locks(SystemTest):
         held = "SELECT FROM event_producers WHERE producer_id = 'a' FOR UPDATE"
         with open_transaction(held) as connection:
             run = self.start("data_processor.py", log)
-            waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            wait_until(lambda: query(waiting), "it waits for the producers")
+            wait_until(waiting, "it waits for the producers")
             query("DELETE FROM event_producers WHERE producer_id = 'p'")
             connection.rollback()
         _, errors = run.communicate(timeout=30)
@@ -112,8 +111,7 @@ class Locks(SystemTest):
             file.write(with_id("p", 2) + mended.replace("  1,", ' "",'))
         with open_transaction("UPDATE users_revenue SET revenue = revenue") as connection:
             run = self.start("data_processor.py", log)
-            waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            wait_until(lambda: query(waiting), "it waits for a user")
+            wait_until(waiting, "it waits for a user")
             text = log.read_text(encoding="utf-8")
             log.write_text(text.replace(' "",', "  1,"), encoding="utf-8")
             connection.rollback()
@@ -130,8 +128,7 @@ class Locks(SystemTest):
             file.write(with_id("p", 2))
         with open_transaction("UPDATE users_revenue SET revenue = revenue"):
             run = self.start("data_processor.py", log)
-            waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            wait_until(lambda: query(waiting), "it waits for the lock")
+            wait_until(waiting, "it waits for the lock")
             run.send_signal(signal.SIGINT)
             self.assertEqual(run.wait(5), 130)
 

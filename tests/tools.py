@@ -16,6 +16,8 @@ import time
 import unittest
 from pathlib import Path
 
+import psycopg2.extensions
+
 from tests.tools_database import HERE, drop_tables, query
 from tests.tools_http import read_answer
 
@@ -215,6 +217,7 @@ class SystemTest(unittest.TestCase):
 
     def setUp(self):
         """Make the directory and the tables."""
+        psycopg2.extensions.set_wait_callback(None)  # the process's, of an earlier test
         self.directory = Path(tempfile.mkdtemp(prefix="events-test-"))
         self.addCleanup(shutil.rmtree, self.directory)
         drop_tables()
