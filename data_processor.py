@@ -1525,18 +1525,13 @@ class Database:
 def run_create_table(sql):
     """Create the tables that are missing and check all of them, if anything about them has changed
     since. Raise Failure."""
+    with open(TABLES, encoding="utf-8") as file:
+        statements = file.read()
     try:
         with naming_lock("One of the tables"):
-            sql.execute(read_tables())
+            sql.execute(statements)
     except psycopg2.errors.RaiseException as error:
         raise Failure(sentence(error)) from error  # it may end with a statement to be copied
-
-
-@functools.cache
-def read_tables():
-    """Return create_table.sql."""
-    with open(TABLES, encoding="utf-8") as file:
-        return file.read()
 
 
 def set_time_limits(sql, idle_seconds, statement_seconds):
