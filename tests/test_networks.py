@@ -237,7 +237,7 @@ class Patient(ClientTest):
         with RawServer(answer_late) as server:
             arguments = ("--url", server.url, "--give-up-after", 20)
             status, output, _ = self.run_client(
-                *arguments, patch="client.STALL_SECONDS = 0.5"
+                *arguments, patch="client.STALL_SECONDS = 2"
             )
         self.assertEqual((status, server.posts), (0, 1))
         self.assertIn("1 events accepted", output)
