@@ -1634,7 +1634,7 @@ class Applied(NamedTuple):
 
 
 class Summary:
-    """What came of a log, and which of its rejected lines were named."""
+    """How many events and lines of a log had which fate."""
 
     def __init__(self):
         self.applied = 0
