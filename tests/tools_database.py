@@ -27,6 +27,7 @@ NAME_A_DATABASE = ("DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE
 THROWAWAY = "EVENTS_TEST_THROWAWAY"
 
 administration = None  # a connection to the database that the environment names
+asking = None  # the connection of query(), to the scratch database
 no_database = None  # the sentence with which setUpModule() failed
 
 
@@ -131,13 +132,19 @@ def connect(**options):
 
 
 def query(statement, parameters=None):
-    """Run a statement in the scratch database and return its rows."""
-    with contextlib.closing(connect()) as connection:
-        with connection, connection.cursor() as sql:
-            sql.execute(statement, parameters)
-            if sql.description:
-                return sql.fetchall()
-            return []
+    """Run a statement in the scratch database and return its rows.
+
+    The statement is a transaction of its own, on one connection that stays open.
+    """
+    global asking
+    if asking is None:
+        asking = connect()
+        asking.autocommit = True
+    with asking.cursor() as sql:
+        sql.execute(statement, parameters)
+        if sql.description:
+            return sql.fetchall()
+        return []
 
 
 def database_url(**changes):
@@ -152,8 +159,8 @@ def empty_tables():
 
 
 def drop_tables():
-    """Drop the tables that are there."""
-    query("DROP TABLE IF EXISTS users_revenue, event_producers, event_logs")
+    """Drop the tables that are there, and what is temporary on the connection of query()."""
+    query("DROP TABLE IF EXISTS users_revenue, event_producers, event_logs; DISCARD TEMP")
 
 
 def waiting():
