@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from unittest import mock
@@ -250,21 +249,13 @@ class NoRoom(ClientTest):
                     data = data[:left]
             return real(fd, data)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
         with (
             Recorder(options=[BATCHES], post=lambda _, body: answer_to(body)) as server,
             captured() as printed,
             mock.patch.object(client_module.os, "write", write),
         ):
-            arguments = [
-                str(self.path("events.jsonl")),
-                "--url",
-                server.url,
-                "--batch-size",
-                "2",
-            ]
-            status = client_module.main(arguments)
+            events = self.path("events.jsonl")
+            status = self.run_here(events, "--url", server.url, "--batch-size", 2)
             return status, printed()
 
     def test_a_disk_without_room_for_notes_stops_no_delivery(self):
@@ -464,15 +455,12 @@ class KilledAnywhere(ClientTest):
             "ftruncate": ftruncate,
         }
         calls["unlink"] = lambda path: None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
         with (
             Recorder(options=[BATCHES], post=answer) as server,
             captured(),
             mock.patch.multiple(os, **calls),
         ):
-            arguments = [str(self.path("events.jsonl")), "--url", server.url]
-            self.assertEqual(client_module.main(arguments), 1)
+            self.assertEqual(self.run_here(self.path("events.jsonl"), "--url", server.url), 1)
         begun = ["empty", "sync file", "sync directory"]
         notes = ["sync file", "sync directory"]
         rejected_lines = ["sync file", "link", "sync directory", "sync file"]

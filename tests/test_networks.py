@@ -8,14 +8,16 @@ import time
 from unittest import mock
 
 import client as client_module
-from tests.tools import free_port
+from tests.tools import free_port, wait_until
 from tests.tools_client import ClientTest
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, padded
 from tests.tools_http import BATCHES, Recorder
+from tests.tools_parts import captured
 
 ACCEPTED = b'{"accepted": 1, "rejected": []}'
 HTML = {"Content-Type": "text/html; charset=utf-8"}
+UNAUTHORIZED = (401, {}, b"")
 PAGE = b"<html>Down for maintenance</html>"
 # Lines of Python that give a client's connections small buffers, so that it sees what the network
 # takes.
@@ -90,14 +92,25 @@ class Believing(ClientTest):
     """Only the answer of a server of events is a delivery."""
 
     def assertNothingDelivered(self, options, post, words):
-        """Check that such answers are no delivery, and are named."""
+        """Check that such an answer is no delivery, and is named.
+
+        The request is sent again; the answer to that ends the client.
+        """
+
+        def answer(number, _body):
+            if number == 0:
+                return post
+            wait_until(lambda: words in printed(), "the answer is named")
+            return UNAUTHORIZED
+
         self.path("events.jsonl", EVENT + b"\n")
-        with Recorder(options=[options], post=lambda *_: post) as server:
-            arguments = ("--url", server.url, "--give-up-after", 0, "--restart")
-            output, errors = self.client(*arguments, status=1)
-        self.assertEqual(output, "")
-        self.assertIn(words, errors)
-        self.assertIn("Delivery is unknown from line 1 on.", errors)
+        quick = mock.patch.object(client_module, "STEP_SECONDS", 0.02)
+        with captured() as printed, quick, Recorder([options], answer) as server:
+            events = self.path("events.jsonl")
+            self.assertEqual(self.run_here(events, "--url", server.url, "--restart"), 1)
+            self.assertIn(words, printed())
+            self.assertNotIn("events accepted", printed())
+            self.assertTrue(printed().endswith("Delivery is unknown from line 1 on.\n"))
 
     def test_a_page_that_answers_everything_is_no_delivery(self):
         page = (200, HTML, PAGE)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
+import client as client_module
 from tests.tools import TEXT, SystemTest, free_port, patched
 
 
@@ -32,10 +34,18 @@ class ClientTest(SystemTest):
         self.assertNotIn("Traceback", run.stderr or "")
         return run.returncode, run.stdout, run.stderr
 
+    def run_here(self, *arguments):
+        """Run client.py in this process and return its exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        return client_module.main(list(map(str, arguments)))
+
     def interrupted(self, *arguments):
         """Begin a delivery that finds no server, and return the producer id that it keeps."""
         nowhere = f"http://localhost:{free_port()}/liveEvent"
-        self.client(*arguments, "--url", nowhere, "--give-up-after", 0, status=1)
+        arguments = (*arguments, "--url", nowhere, "--give-up-after", 0)
+        status, _, errors = self.run_client(*arguments, patch="client.STEP_SECONDS = 0.01")
+        self.assertEqual(status, 1, errors)
         return self.producer_id()
 
     def producer_id(self):
