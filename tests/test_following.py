@@ -24,6 +24,8 @@ from tests.tools_database import (
 from tests.tools_events import EVENT, with_id
 from tests.tools_parts import captured, opened_follower, poll, run_patched
 
+SOON = "data_processor.POLL_SECONDS = 0.1"
+
 
 class Following(SystemTest):
     """The processor finds the rotated logs and, with --follow, reads on through rotations and
@@ -32,7 +34,7 @@ class Following(SystemTest):
     def follow(self, log):
         """Start data_processor.py --follow and return it with a function that waits for a revenue
         of user1."""
-        follower = self.start("data_processor.py", "--follow", log)
+        follower = self.start("data_processor.py", "--follow", log, patch=SOON)
 
         def wait_for_revenue(expected, what):
             wait_until(lambda: query("SELECT revenue FROM users_revenue") == [(expected,)], what)
@@ -83,12 +85,12 @@ class Following(SystemTest):
         self.assertStops(follower)
 
     def test_follow_waits_for_what_is_not_there_yet(self):
-        follower = self.start("data_processor.py", "--follow", "new/log")
+        follower = self.start("data_processor.py", "--follow", "new/log", patch=SOON)
         self.assertIn(
             "new/log: No such file or directory; start server.py", follower.stderr.readline()
         )
         self.path("new").mkdir()
-        time.sleep(1.5)  # it looks again
+        time.sleep(0.5)  # it looks again
         self.path("new/log", EVENT + b"\n")
         self.assertEqual(follower.stderr.readline(), "new/log: is read again.\n")
         wait_until(
@@ -144,7 +146,7 @@ class Following(SystemTest):
         for number in (1, 2):
             self.path(f"log.{number}", with_id(f"p{number}", 1))
         self.path("log", with_id("p", 1))
-        self.start("data_processor.py", "--follow", "log")
+        self.start("data_processor.py", "--follow", "log", patch=SOON)
         wait_until(
             lambda: query("SELECT revenue FROM users_revenue") == [(3,)], "all logs are applied"
         )
@@ -159,7 +161,7 @@ class Following(SystemTest):
         for number in range(90):
             self.path(f"log.{number}", with_id(f"p{number}", 1))
         limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
-        follower = run_patched(limit, "--follow", "log", cwd=self.directory)
+        follower = run_patched(f"{limit}\n{SOON}", "--follow", "log", cwd=self.directory)
         try:
             self.path("log", with_id("p", 1))
             wait_until(
@@ -286,7 +288,9 @@ class Following(SystemTest):
     def test_a_renamed_log_is_read_when_its_writer_is_done(self):
         self.path("archive").mkdir()
         path = self.path("log", with_id("p", 1))
+        patient = unittest.mock.patch.object(data_processor, "POLL_SECONDS", 20)
         with (
+            patient,  # so long it waits for the lock of a renamed log
             captured(),
             opened_follower(path) as follower,
             open(path, "ab", buffering=0) as writer,

@@ -215,7 +215,7 @@ class Events(SystemTest):
                 server_module.check_event(with_value(value))
 
     def test_bad_lines_cost_their_messages_alone(self):
-        log = self.path("log", b"x\n" * 500_000)
+        log = self.path("log", b"x\n" * 300_000)
         limit = (
             f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({2**29}, {2**29}))"
         )
@@ -227,7 +227,7 @@ class Events(SystemTest):
             text=True,
         )
         self.assertIn(
-            "0 applied, 0 repeated, 500,000 rejected", run.stdout, run.stderr[-1000:]
+            "0 applied, 0 repeated, 300,000 rejected", run.stdout, run.stderr[-1000:]
         )
         self.assertEqual(run.stderr.count("\n"), data_processor.NAMED_LINES + 1)
 

@@ -210,7 +210,7 @@ class Limits(RequestTest):
         )
         with server.connect() as wire:
             for sent in (request("GET", "/health"), post(body=EVENT)) * 2:
-                time.sleep(1.5)
+                time.sleep(0.7)
                 wire.sendall(sent)
                 self.assertEqual(read_answer(wire)[0], 200)
 

@@ -332,18 +332,19 @@ class Patient(ClientTest):
         def answer(number, _body):
             times.append(time.monotonic())
             if number == 0:
-                return 429, {"Retry-After": retry_after}, b""
+                return 429, {"Retry-After": retry_after()}, b""
             return 200, {}, ACCEPTED
 
+        cases = {
+            "seconds": lambda: "1",
+            "a date": lambda: email.utils.formatdate(time.time() + 2, usegmt=True),
+        }
         self.path("events.jsonl", EVENT)
-        for case in ("seconds", "a date"):
+        for case, retry_after in cases.items():
             times.clear()
-            retry_after = "2"
-            if case == "a date":
-                retry_after = email.utils.formatdate(time.time() + 3, usegmt=True)
             with self.subTest(case), Recorder(options=[BATCHES], post=answer) as server:
                 self.client("--url", server.url)
-                self.assertGreater(times[1] - times[0], 1)
+                self.assertGreater(times[1] - times[0], 0.5)
 
     def test_a_pause_that_makes_no_sense_is_none(self):
         for text in ("", "soon", "-5", "1" * 5000, "Fri, 99 Foo 2026", "nan", "\u0663"):

@@ -30,6 +30,7 @@ from tests.tools_events import EVENT, ids_in
 from tests.tools_parts import warnings_of
 
 USER1 = "/userEvents/user1"
+IMPATIENT = "server.DATABASE_SECONDS = 1"
 
 
 def find_revenues(database, users):
@@ -115,7 +116,7 @@ class Asking(SystemTest):
             database.settimeout(20)
             port = database.getsockname()[1]
             url = f"postgresql://127.0.0.1:{port}/x?sslmode=disable&gssencmode=disable"
-            server = Server(self, "--workers", "1", DATABASE_URL=url)
+            server = Server(self, "--workers", "1", patch=IMPATIENT, DATABASE_URL=url)
             server.ask("GET", "/health")
             self.assertFalse(
                 select.select([database], [], [], 0)[0],
@@ -161,6 +162,7 @@ def connect(real=server.connect, **parameters):
         time.sleep(0.01)
     return real(**parameters)
 server.connect = connect
+{IMPATIENT}
 """,
         )
         asking, statuses = self.ask_at_once(server, 20)
@@ -206,14 +208,14 @@ server.connect = connect
         self.assertEqual(answers[1:], [None])
 
     def test_the_reason_why_the_database_does_not_answer_is_said_once(self):
-        server = Server(self, "--workers", "1")
+        server = Server(self, "--workers", "1", patch=IMPATIENT)
         with locked_users():
             self.assertEqual([server.ask("GET", USER1)[0] for _ in range(2)], [503, 503])
-        self.assertEqual(server.ask("GET", USER1)[0], 404)
+        wait_until(lambda: server.ask("GET", USER1)[0] == 404, "the database answers")
         wait_until(lambda: len(server.said()) == 2, "both are said")
         began, ended = server.said()
         self.assertRegex(
-            began, "The database: (no answer within 2 seconds|canceling statement due to .*)"
+            began, "The database: (no answer within 1 seconds|canceling statement due to .*)"
         )
         self.assertEqual(ended, "The database: it answers again.")
 
@@ -287,7 +289,8 @@ server.connect = connect
         answers = []
         answer = Answer()
         kept = weakref.ref(answer)
-        with locked_users(), contextlib.redirect_stderr(None):
+        soon = unittest.mock.patch.object(server_module, "DATABASE_SECONDS", 1)
+        with locked_users(), contextlib.redirect_stderr(None), soon:
             database.find_revenue("user1", answer)
         self.assertIsInstance(answers.pop(), server_module.NoAnswer)
         del answer

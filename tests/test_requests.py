@@ -1,5 +1,7 @@
 """The client tries again what is not answered for certain, and nothing else."""
 
+import collections
+import concurrent.futures
 import json
 import signal
 import threading
@@ -8,11 +10,12 @@ import unittest
 import unittest.mock
 
 import client as client_module
-from tests.tools import Server, free_port
+from tests.tools import Server, free_port, wait_until
 from tests.tools_client import ClientTest
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in, write_events
 from tests.tools_http import BATCHES, Recorder, dribbling
+from tests.tools_parts import captured
 
 
 class Requests(ClientTest):
@@ -47,37 +50,50 @@ class Requests(ClientTest):
         )
 
     def test_it_gives_up_so_long_after_the_last_success(self):
-        times = {}
+        steps = collections.Counter()  # {future: how often it was waited for}
+        is_refused = threading.Event()
 
         def answer(_count, body):
-            times.setdefault(body, time.monotonic())
             if body.strip() == b"4":
                 return 503, {}, b'{"error": "full"}'
-            time.sleep(1)  # three of these take longer than --give-up-after
             return success
+
+        def fail(patience, failure, real=client_module.Patience.failed):
+            real(patience, failure)
+            is_refused.set()
+
+        def wait(futures, seconds, real=concurrent.futures.wait):
+            """Wait two steps in vain for what succeeds, and all steps for what does not."""
+            self.assertEqual(seconds, client_module.STEP_SECONDS)
+            [future] = futures
+            steps[future] += 1
+            if steps[future] > 2:
+                wait_until(lambda: future.done() or is_refused.is_set(), "the request has an answer")
+                return real(futures, 0)
+            return real([], 0)._replace(done=[])
 
         self.path("events.jsonl", b"1\n2\n3\n4\n")
         for case, options, success in (
             ("batches", BATCHES, (200, {}, b'{"accepted": 1, "rejected": []}')),
             ("single events", (404, {}, b""), (200, {}, b'{"message": ""}')),
         ):
-            times.clear()
-            with self.subTest(case), Recorder(options=[options], post=answer) as server:
-                status, _, errors = self.run_client(
-                    "--url",
-                    server.url,
-                    "--batch-size",
-                    1,
-                    "--give-up-after",
-                    2.5,
-                    "--restart",
-                    patch="client.CONCURRENT_REQUESTS = 1",
-                )
+            steps.clear()
+            is_refused.clear()
+            with (
+                self.subTest(case),
+                Recorder(options=[options], post=answer) as server,
+                unittest.mock.patch.object(client_module, "CONCURRENT_REQUESTS", 1),
+                unittest.mock.patch.object(client_module.Patience, "failed", fail),
+                unittest.mock.patch.object(client_module.concurrent.futures, "wait", wait),
+                captured() as printed,
+            ):
+                arguments = [self.path("events.jsonl"), "--url", server.url, "--batch-size", 1]
+                status = self.run_here(*arguments, "--give-up-after", 2.5, "--restart")
                 self.assertEqual(status, 1)
-                self.assertIn("Gave up after 2.5 s", errors)
-                self.assertIn("status 503: full", errors)
-                self.assertIn("\nDelivery is unknown from line 4 on.\n", errors)
-                self.assertGreater(time.monotonic() - max(times.values()), 2.4)
+                self.assertIn("Gave up after 2.5 s", printed())
+                self.assertIn("status 503: full", printed())
+                self.assertTrue(printed().endswith("\nDelivery is unknown from line 4 on.\n"))
+                self.assertEqual(set(steps.values()), {3})
 
     def test_whatever_succeeds_keeps_it_from_giving_up(self):
         waiting_for = list("234567")
@@ -102,9 +118,9 @@ class Requests(ClientTest):
             with self.subTest(method), dribbling(method) as url:
                 self.path("events.jsonl", EVENT)
                 begun = time.monotonic()
-                _, errors = self.client("--url", url, "--give-up-after", "1", "--restart", status=1)
-                self.assertIn("Gave up after 1 s", errors)
-                self.assertLess(time.monotonic() - begun, 10)
+                _, errors = self.client("--url", url, "--give-up-after", 0, "--restart", status=1)
+                self.assertIn("Gave up after 0 s", errors)
+                self.assertLess(time.monotonic() - begun, 20)
 
     def test_a_stopped_client_does_not_count_the_time_that_it_stood_still(self):
         seen = threading.Event()

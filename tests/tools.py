@@ -232,12 +232,16 @@ class SystemTest(unittest.TestCase):
             path.write_bytes(content)
         return path
 
-    def start(self, script, *arguments, **environment):
-        """Start a script in the test's directory."""
+    def start(self, script, *arguments, patch=None, **environment):
+        """Start a script in the test's directory; patch is Python that runs before its main()."""
+        command = [HERE / script]
+        path = {}
+        if patch:
+            command, path = patched(script.removesuffix(".py"), patch)
         process = subprocess.Popen(
-            [sys.executable, HERE / script, *map(str, arguments)],
+            [sys.executable, *command, *map(str, arguments)],
             cwd=self.directory,
-            env=os.environ | environment,
+            env=os.environ | path | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             **TEXT,
@@ -251,9 +255,12 @@ class SystemTest(unittest.TestCase):
         self.addCleanup(end)
         return process
 
-    def run_script(self, script, *arguments, status=0, **environment):
-        """Run a script to its end, check its exit status, and return (stdout, stderr)."""
-        process = self.start(script, *arguments, **environment)
+    def run_script(self, script, *arguments, status=0, **options):
+        """Run a script to its end, check its exit status, and return (stdout, stderr).
+
+        The options are those of start().
+        """
+        process = self.start(script, *arguments, **options)
         output, errors = process.communicate(timeout=120)
         self.assertEqual(process.returncode, status, output + errors)
         self.assertNotIn("Traceback", errors)
