@@ -444,19 +444,6 @@ def lock_log(path, fd, operation, seconds=LOCK_SECONDS):
         pause = min(2 * pause, 0.05)
 
 
-def is_log(fd):
-    """Tell whether the open file may be a log: it is empty, its first line is an event, or it has
-    no whole line yet and begins as a torn first line does. Anything else is somebody's file."""
-    beginning = os.pread(fd, BLOCK_BYTES, 0)
-    line, newline, _ = beginning.partition(b"\n")
-    if newline:
-        with contextlib.suppress(ValueError):
-            decode_log_line(line)
-            return True
-        return False
-    return beginning[:1] in (b"", b"{", b"\0")  # a power cut can leave NULs
-
-
 def end_of_events(fd, size):
     """Return the offset where the events in the first size bytes of a log end: after the last LF
     or, if what follows is a whole event that lacks only its LF, size."""

@@ -19,6 +19,7 @@ import io
 import ipaddress
 import json
 import math
+import operator
 import os
 import re
 import secrets
@@ -38,6 +39,7 @@ sys.path.append(os.path.dirname(os.path.realpath(__file__)))
 # data_processor comes first: if fcntl or psycopg2 is missing, importing it ends the program with
 # a sentence.
 from data_processor import (
+    BLOCK_BYTES,
     DEFAULT_LOG,
     EVENT,
     LOCK_SECONDS,
@@ -49,8 +51,8 @@ from data_processor import (
     check_reserved,
     connect,
     decode_event,
+    decode_log_line,
     end_of_events,
-    is_log,
     is_utf8,
     leads_to,
     lock_log,
@@ -88,13 +90,13 @@ Example: python server.py --port 8080
 # Bounds of one request.
 MAX_BODY_BYTES = 1024 * 1024
 MAX_LINES = 10_000
-# The request line and the headers together; also the size of a chunk, and the trailers.
+# The request line and the headers together; also the size line of a chunk, and the trailers.
 MAX_HEAD_BYTES = 64 * 1024
 
 # Bounds of what all requests of a worker hold in memory together.
-# Bodies, from their first byte until the log has taken their lines. What is over it gets 503.
+# Bodies, until their lines were given to the log or refused. What is over it gets 503.
 HELD_BODY_BYTES = 64 * 1024 * 1024
-# Answers that their peers do not read. Who is over it is cut off.
+# Answers that their peers do not read. A connection whose answer is over it is cut off.
 UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
 # Batches that are decoded and stamped at the same time; further ones wait.
 DECODED_BATCHES = 8
@@ -108,8 +110,9 @@ REQUEST_SECONDS = 30
 # A peer may take so long to read an answer and to begin the next request. Load balancers reuse a
 # connection for 60 seconds.
 PEER_IDLE_SECONDS = 75
-# Lines wait for the log's lock for LOCK_SECONDS, the disk included. If the disk alone took that
-# long, the lock is still waited for so long: another worker may hold it for a moment.
+# When LOCK_SECONDS have passed since a request was whole, its lines wait for the log's lock no
+# longer. They may have spent that time behind a slow sync of the round before. They then wait for
+# the lock for at least so long, because another worker may hold it for a moment.
 LEAST_LOCK_SECONDS = 1
 # A question to the database is answered within that time, if only with 503.
 DATABASE_SECONDS = 2
@@ -121,13 +124,14 @@ CONNECT_SECONDS = 10
 # sent an answer.
 DRAIN_SECONDS = 2
 DRAIN_BYTES = 16 * 1024 * 1024
-# A worker that is told to stop finishes what it received for so long, and takes connections that
-# the kernel has accepted for so much of it.
+# A worker that is told to stop finishes what it received for at most STOP_SECONDS. For at most the
+# first BACKLOG_SECONDS of them it takes the connections that the kernel has accepted.
 STOP_SECONDS = 10
 BACKLOG_SECONDS = 1
 # The parent waits for its workers so much longer, and then kills them.
 KILL_SECONDS = 3
-# How often a worker looks whether its log has failed, of which nothing tells it.
+# How often a worker looks whether its log has failed (no descriptor becomes ready then), and tries
+# again to accept a connection.
 LOOK_SECONDS = 0.1
 # A worker without room waits so long for a connection to end, or for another worker to take the
 # one that waits.
@@ -180,10 +184,14 @@ class Member(NamedTuple):
 class Rounds:
     """Work in rounds: whoever comes while a round is under way shares the next one.
 
-    The first thread that comes for a round works for all of its members and calls their answers;
-    the others return at once. That is the reason: if each of them were woken to send its own
-    answer, a third fewer requests would be served. It is also the price: an answer is sent by a
-    thread that holds up everyone else's, so it must not wait.
+    The thread that finds the list of members empty is the first of a new round, and will work for
+    it. It waits until the round before is over. Meanwhile other threads add themselves to the list
+    and return at once. Then the first one takes the whole list, does the work for all of them, and
+    calls their answers.
+
+    It calls the others' answers because they would else have to wait, and to be woken one by one:
+    then a third fewer requests would be served. The price is that an answer holds up all answers
+    after it, so it must not wait.
     """
 
     def __init__(self, work, limit=math.inf):
@@ -193,23 +201,24 @@ class Rounds:
         """
         self._work = work
         self._limit = limit
-        self._lock = threading.Condition(threading.Lock())  # guards the next two
+        self._list = threading.Condition(threading.Lock())  # guards the next two
         self._members = []  # of the next round
         self._size = 0  # of these members together
-        self._turn = threading.Lock()  # held by the thread that works
+        self._working = threading.Lock()  # held during a round, by the thread that works
         self._bugs = []  # lines of tracebacks; only the thread that works touches them
 
     def join(self, item, answer, size=1):
-        """Have item done and its outcome given to answer. Return what work returned if it was
-        done by this thread, else None."""
-        with self._lock:
-            self._lock.wait_for(self._has_room)
+        """Have item done and its outcome given to answer. Return what work returned if this thread
+        has worked for the round, None if another one does."""
+        with self._list:
+            self._list.wait_for(self._has_room)
+            is_first = not self._members
             self._members.append(Member(item, answer))
             self._size += size
-            if len(self._members) > 1:
-                return None  # who found the list empty works for all, and calls the others' answers
-        with self._turn:
-            members = self._begin()  # with all who came during the previous round
+        if not is_first:
+            return None
+        with self._working:  # the round before is over
+            members = self._begin()
             report = self._work(members)
             bugs = self._bugs
             self._bugs = []
@@ -218,15 +227,16 @@ class Rounds:
         return report
 
     def _has_room(self):
+        """Tell whether another member may be added to the next round."""
         return self._size < self._limit
 
     def _begin(self):
         """Return the members of the next round; whoever comes from now on is in the one after."""
-        with self._lock:
+        with self._list:
             members = self._members
             self._members = []
             self._size = 0
-            self._lock.notify_all()
+            self._list.notify_all()
         return members
 
     def tell(self, member, outcome):
@@ -240,6 +250,7 @@ class Rounds:
 # ---- Lines of events ----------------------------------------------------------------------------
 
 # The grammar without its groups: nobody asks for them here, and they cost a tenth of the time.
+# Every "(" without "?" behind it begins a group; EVENT has no other "(", in a class or escaped.
 PLAIN_EVENT = re.sub(rb"\((?!\?)", rb"(?:", EVENT)
 PLAIN_EVENTS = re.compile(rb"(?:%b\}\n)+" % PLAIN_EVENT)
 
@@ -336,62 +347,70 @@ UNCERTAIN = (
 )
 
 
-class Waiting(NamedTuple):
-    """Lines that wait for the disk."""
+class Pending(NamedTuple):
+    """Lines that wait for their round."""
 
     text: bytes
     deadline: float  # until then the log's lock is waited for, in seconds of time.monotonic
 
 
-class Written(NamedTuple):
-    """What came of a round, to be printed when nobody waits for the thread that does it."""
+class Report(NamedTuple):
+    """What is to be printed of a round, when nobody waits for the thread that prints it."""
 
     error: object  # the exception that kept the lines from being durable, or None
-    remark: str  # what was mended in the log, or ""
+    remarks: list  # what was mended in the log
 
 
 class LogWriter:
     """The log as one worker appends to it; the other workers append to the same file.
 
-    Only the thread that works for a round touches what it needs (_fd and _remark). Before the first
-    round, it is the one that calls open_early().
+    Only the thread that works for a round touches _fd and _remarks. Before the first round,
+    open_early() does.
     """
 
     def __init__(self, path):
         self.path = path
-        self.failed = None  # why this process writes nothing more; any thread may read it
+        # Why this process writes nothing more, or "". The thread that works for a round writes it.
+        self.failure = ""
         self._rounds = Rounds(self._write_round, GROUP_BYTES)
         self._troubles = Troubles()
         # Opened by this process: the lock of an inherited descriptor would not exclude the others.
         self._fd = None
-        self._remark = ""
+        self._remarks = []  # what was mended in this round
 
     def append(self, lines, deadline, answer):
         """Make lines (bytes, whole lines) durable, then call answer(None), or answer(error): then
         they must not be acknowledged. The log's lock is waited for until the deadline, in seconds
         of time.monotonic."""
-        waiting = Waiting(lines, deadline)
-        written = self._rounds.join(waiting, answer, len(lines))
-        if written is not None:  # else another thread does it, and prints what is to be said
-            self._report(written)
+        report = self._rounds.join(Pending(lines, deadline), answer, len(lines))
+        if report is not None:  # else another thread works, and prints its report
+            self._print(report)
 
     def open_early(self):
         """Open the log before there are connections, which could take the descriptors that it
         needs. If that fails, say why; the next append() tries again."""
         try:
-            self._fd = self.open()
+            self._fd = self._open()
         except OSError as error:
-            self._report(Written(error, ""))
+            self._print(Report(error, []))
 
-    def _report(self, written):
+    def check(self):
+        """Raise OSError if the log cannot be opened and synced."""
+        fd = self._open()
+        try:
+            sync_file(fd)
+        finally:
+            os.close(fd)
+
+    def _print(self, report):
         """Print what came of a round."""
-        if written.remark:
-            warn(f"{self.path}: {written.remark}")
-        if written.error is None:
+        for remark in report.remarks:
+            warn(f"{self.path}: {remark}")
+        if report.error is None:
             self._troubles.end(self.path, "the log can be written again.")
             return
-        words = f"the log cannot be written: {sentence(written.error)}."
-        if self.failed:
+        words = f"the log cannot be written: {sentence(report.error)}."
+        if self.failure:
             words += (
                 " The server ends. Look at the end of the log, then rename it to a name that the "
                 f"processor reads, such as {self.path}.1, and start the server again."
@@ -399,8 +418,8 @@ class LogWriter:
         self._troubles.begin(self.path, words)
 
     def _write_round(self, members):
-        """Make the lines of a round durable and tell its members; return what is to be said."""
-        self._remark = ""
+        """Make the lines of a round durable and tell its members; return the Report."""
+        self._remarks = []
         error = None
         try:
             self._write(members)
@@ -410,7 +429,7 @@ class LogWriter:
         # Before the next round, so that the next requests of these peers can share it.
         for member in members:
             self._rounds.tell(member, error)
-        return Written(error, self._remark)
+        return Report(error, self._remarks)
 
     def _write(self, members):
         """Make the lines of a round durable, or raise the reason why they are not."""
@@ -424,22 +443,28 @@ class LogWriter:
         except OSError:
             self._take_back(end)
             raise
+        # The lock is not held during the sync, so that other workers can write and share it. A
+        # processor may read the lines before they are synced: it syncs them before it counts.
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)  # others may write now: the sync takes it all
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         except OSError as error:
             raise OSError(errno.EIO, f"{sentence(error)}; {UNCERTAIN}") from None
         try:
             sync_file(self._fd)
         except OSError as error:
-            words = f"a sync failed ({sentence(error)}); {UNCERTAIN}"
-            raise self._fail(words) from None
+            # Nothing more is written: the kernel may have dropped what was written, and a second
+            # sync could lie.
+            self.failure = f"a sync failed ({sentence(error)}); {UNCERTAIN}"
+            raise OSError(errno.EIO, self.failure) from None
 
     def _open_locked(self, deadline):
         """Open and lock the file that path leads to, wait for its lock until the deadline, and
         return where its last line ends. Or raise OSError."""
-        while not self.failed:
+        while True:
+            if self.failure:
+                raise OSError(errno.EIO, self.failure)
             if self._fd is None:
-                self._fd = self.open()
+                self._fd = self._open()
             patience = max(LEAST_LOCK_SECONDS, deadline - time.monotonic())
             locked = lock_log(self.path, self._fd, fcntl.LOCK_EX, patience)
             if locked:
@@ -449,7 +474,6 @@ class LogWriter:
                 if leads_to(self.path, self._fd):
                     return end
             self._close()  # it was renamed or removed
-        raise OSError(errno.EIO, self.failed)
 
     def _end_last_line(self):
         """Make the locked file end with a whole line, and return its end.
@@ -465,7 +489,8 @@ class LogWriter:
             write_all(self._fd, b"\n")
             return size + 1
         os.ftruncate(self._fd, end)
-        self._remark = f"cut off {size - end} bytes of an unfinished line at byte {end}."
+        remark = f"cut off {size - end} bytes of an unfinished line at byte {end}."
+        self._remarks.append(remark)
         return end
 
     def _take_back(self, end):
@@ -474,12 +499,6 @@ class LogWriter:
             os.ftruncate(self._fd, end)
         except OSError as error:
             raise OSError(errno.EIO, f"{sentence(error)}; {UNCERTAIN}") from None
-
-    def _fail(self, words):
-        """Write nothing more: after a failed sync the kernel may have dropped what was written,
-        and a second sync could lie. Return the exception for those who wait."""
-        self.failed = words
-        return OSError(errno.EIO, words)
 
     def _close(self):
         """Close the file, which also releases its lock."""
@@ -490,7 +509,7 @@ class LogWriter:
         with contextlib.suppress(OSError):  # nothing that was acknowledged depends on it
             os.close(fd)
 
-    def open(self):
+    def _open(self):
         """Open the log, creating it when it is missing, and make its name durable. Return its
         descriptor; or raise OSError, also when it is somebody's file."""
         directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
@@ -514,17 +533,24 @@ class LogWriter:
             os.fsync(directory)
         except OSError as error:
             # Some file systems cannot sync directories, which is no failure.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                words = f"a sync failed of the directory that it is in ({sentence(error)})"
-                raise self._fail(words) from None
+            if error.errno in (errno.EINVAL, errno.ENOTSUP):
+                return
+            # As final as that of the log itself.
+            self.failure = f"a sync failed of the directory that it is in ({sentence(error)})"
+            raise OSError(errno.EIO, self.failure) from None
 
-    def check(self):
-        """Raise OSError if the log cannot be opened and synced."""
-        fd = self.open()
-        try:
-            sync_file(fd)
-        finally:
-            os.close(fd)
+
+def is_log(fd):
+    """Tell whether the open file may be a log: it is empty, its first line is an event, or it has
+    no whole line yet and begins as a torn first line does. Anything else is somebody's file."""
+    beginning = os.pread(fd, BLOCK_BYTES, 0)
+    line, newline, _ = beginning.partition(b"\n")
+    if newline:
+        with contextlib.suppress(ValueError):
+            decode_log_line(line)
+            return True
+        return False
+    return beginning[:1] in (b"", b"{", b"\0")  # a power cut can leave NULs
 
 
 def write_all(fd, data):
@@ -536,9 +562,6 @@ def write_all(fd, data):
 
 
 # ---- The database -------------------------------------------------------------------------------
-
-# A longer user id, or one with a NUL, is no event's: nothing needs to be asked.
-MAX_USER_CHARACTERS = 255
 
 
 class Question(NamedTuple):
@@ -555,7 +578,7 @@ class NoAnswer(Exception):
 class Revenues:
     """Users' revenue in the database. Questions come in rounds, one query each, on one connection.
 
-    Only the thread that works for a round touches _connection and _opening.
+    Only the thread that works for a round touches _connection, _opening and _unanswered.
     """
 
     # One round trip and one transaction, with which the setting ends: a pooler may share the
@@ -569,13 +592,13 @@ class Revenues:
         self._troubles = Troubles()
         self._connection = None
         self._opening = None  # the Future of a connection that is being made by its own thread
+        # Members of this round that have no answer yet, in the order in which they came: so the
+        # first one's deadline is the next one. Who is told its outcome is removed.
+        self._unanswered = collections.deque()
 
     def find_revenue(self, user, answer):
         """Call answer(revenue), exact decimal text or None for a user without any, or
         answer(NoAnswer), within DATABASE_SECONDS."""
-        if len(user) > MAX_USER_CHARACTERS or "\0" in user:
-            answer(None)
-            return
         question = Question(user, time.monotonic() + DATABASE_SECONDS)
         reason = self._rounds.join(question, answer)
         if reason is None:
@@ -587,30 +610,37 @@ class Revenues:
 
     def _answer_round(self, members):
         """Answer the members of a round; return why the database did not, or ""."""
-        waiting = collections.deque(members)  # _wait_or_refuse() removes those it has refused
+        self._unanswered.extend(members)
         try:
-            revenues = self._query(waiting)
+            revenues = self._query()
         except Exception as error:  # whatever it is: everyone gets an answer
             self._disconnect()
-            for member in waiting:
-                self._rounds.tell(member, NoAnswer())
+            while self._unanswered:
+                self._tell_next(NoAnswer())
             return sentence(error)
-        for member in waiting:
-            self._rounds.tell(member, revenues.get(member.item.user))
-        if len(waiting) < len(members):  # it came too late for some
-            return str(too_late())
-        return ""
+        reason = ""
+        if len(self._unanswered) < len(members):  # some were refused while the database worked
+            reason = str(too_late())
+        while self._unanswered:
+            user = self._unanswered[0].item.user
+            self._tell_next(revenues.get(user))
+        return reason
 
-    def _query(self, waiting):
+    def _tell_next(self, outcome):
+        """Give the first member without an answer its outcome."""
+        member = self._unanswered.popleft()
+        self._rounds.tell(member, outcome)
+
+    def _query(self):
         """Return {user: revenue} of the users for whom somebody waits, or raise the reason why
         that is not possible. A connection that was lost is replaced, once."""
         replaced = False
         while True:
             if self._connection is None:
-                self._connection = self._open(waiting)
+                self._connection = self._open()
             try:
-                return self._select(waiting)
-            except psycopg2.errors.QueryCanceled:
+                return self._select()
+            except psycopg2.errors.QueryCanceled:  # an OperationalError, but nothing was lost
                 raise
             except (psycopg2.OperationalError, psycopg2.InterfaceError):
                 if replaced:
@@ -618,16 +648,12 @@ class Revenues:
             self._disconnect()  # the database was restarted, perhaps
             replaced = True
 
-    def _select(self, waiting):
+    def _select(self):
         """Run the query on the connection, with the result and the exceptions of _query."""
-        users = list({member.item.user for member in waiting})
-
-        def wait(connection):
-            self._wait_or_refuse(functools.partial(wait_for, connection), waiting)
-
-        # psycopg2 calls wait() instead of waiting in libpq, which knows no deadline. It would do
-        # so for every connection of the process, but there is only this one.
-        psycopg2.extensions.set_wait_callback(wait)
+        users = list({member.item.user for member in self._unanswered})
+        # psycopg2 calls it instead of waiting in libpq, which knows no deadline. It would do so
+        # for every connection of the process, but there is only this one.
+        psycopg2.extensions.set_wait_callback(self._wait_for_database)
         try:
             with self._connection.cursor() as sql:
                 sql.execute(self.QUERY, [users])
@@ -638,34 +664,37 @@ class Revenues:
             # Connections must be made without it: see open_connection().
             psycopg2.extensions.set_wait_callback(None)
 
-    def _open(self, waiting):
+    def _wait_for_database(self, connection):
+        """Return when the statement on the connection is done; refuse who cannot wait so long."""
+        self._wait_or_refuse(functools.partial(wait_for, connection))
+
+    def _open(self):
         """Return a new connection, or raise the reason why there is none.
 
         It is made by a thread of its own: looking up a name can take long, and nobody can
         interrupt it. A later round finds the connection that came too late for this one.
         """
         opening = self._opening
-        if opening is None or has_failed(opening):  # after the round that asked for it
+        if opening is None or has_failed(opening):  # it failed when no round waited any more
             opening = concurrent.futures.Future()
             thread = threading.Thread(target=open_connection, args=[opening], daemon=True)
             thread.start()
             self._opening = opening
-        self._wait_or_refuse(functools.partial(wait_for_future, opening), waiting)
+        self._wait_or_refuse(functools.partial(wait_for_future, opening))
         self._opening = None
         return opening.result()
 
-    def _wait_or_refuse(self, wait, waiting):
-        """Call wait(deadline) until it returns. Meanwhile answer those whose own deadline passes
-        with NoAnswer, and remove them from waiting, where they stand in the order in which they
-        came. Raise Failure when nobody waits any more."""
-        while waiting:
+    def _wait_or_refuse(self, wait):
+        """Call wait(deadline) with the next deadline, again and again until it returns in time.
+        Meanwhile refuse the members whose deadline passes. Raise Failure when none is left."""
+        while self._unanswered:
             try:
-                wait(waiting[0].item.deadline)
+                wait(self._unanswered[0].item.deadline)
                 return
             except TimeoutError:
                 now = time.monotonic()
-                while waiting and waiting[0].item.deadline <= now:
-                    self._rounds.tell(waiting.popleft(), NoAnswer())
+                while self._unanswered and self._unanswered[0].item.deadline <= now:
+                    self._tell_next(NoAnswer())
         raise too_late()
 
     def _disconnect(self):
@@ -713,6 +742,9 @@ def wait_for_future(future, deadline):
 
 
 # ---- Requests, as they are read -----------------------------------------------------------------
+
+# A longer user id, or one with a NUL, is no event's: the database is not asked for it.
+MAX_USER_CHARACTERS = 255
 
 # The rules of RFC 9110 and 9112. A field is a line of the headers or of the trailers.
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -837,8 +869,8 @@ def read_lines(rfile, first=b""):
     """Return first, which is nothing or a line, and the lines after it up to an empty one, or
     raise Refusal.
 
-    An empty line before all others does not end them. Bare line feeds do: they make a malformed
-    head, which must be refused and not waited for.
+    An empty line that comes first ends nothing, as there is no line end before it. Bare line feeds
+    do: they make a malformed head, which must be refused and not waited for.
     """
     lines = first
     while not lines.endswith((b"\n\r\n", b"\n\n")):
@@ -918,7 +950,8 @@ def read_chunks(rfile, hold):
         body += read_exactly(rfile, size, hold)
         if read_exactly(rfile, 2, hold) != b"\r\n":
             raise Refusal(400, "a chunk is longer than its size")
-    # They may be none: then the empty line stands directly behind that of the last chunk.
+    # Without trailers, the empty line comes directly behind the size line of the last chunk, and
+    # read_lines must see that line's end.
     trailers = read_lines(rfile, line)
     if TRAILERS.fullmatch(trailers, len(line)) is None:
         raise Refusal(400, "malformed trailer")
@@ -931,18 +964,23 @@ def check_local(headers):
     A web page can make a local browser send requests here under the page's own host name (DNS
     rebinding), and a proxy on this machine passes on what comes from anywhere.
     """
-    foreign = ""  # what shows it; of several reasons, the last one is named
-    if LOOPBACK_HOST.fullmatch(headers.get("host", "")) is None:
-        foreign = "its Host is not localhost or a loopback address"
-    origin = headers.get("origin")
-    if origin is not None and LOOPBACK_ORIGIN.fullmatch(origin) is None:
-        foreign = "its Origin is not localhost or a loopback address"
-    for name in headers:
-        if name.startswith(PROXY_FIELDS):
-            foreign = f"its field {name} shows a proxy"
+    foreign = find_foreign(headers)
     if foreign:
         words = f"the request does not come from this machine: {foreign}. For such requests, set "
         raise Refusal(421, words + "EVENTS_AUTHORIZATION for the server")
+
+
+def find_foreign(headers):
+    """Return what shows that a request comes from elsewhere than this machine, or ""."""
+    for name in headers:
+        if name.startswith(PROXY_FIELDS):
+            return f"its field {name} shows a proxy"
+    origin = headers.get("origin")
+    if origin is not None and LOOPBACK_ORIGIN.fullmatch(origin) is None:
+        return "its Origin is not localhost or a loopback address"
+    if LOOPBACK_HOST.fullmatch(headers.get("host", "")) is None:
+        return "its Host is not localhost or a loopback address"
+    return ""
 
 
 def check_authorization(headers, secret):
@@ -983,6 +1021,11 @@ def read_event_id(headers):
     return EventId(producer, sequence)
 
 
+def may_have_revenue(user):
+    """Tell whether an event may have that user id."""
+    return len(user) <= MAX_USER_CHARACTERS and "\0" not in user
+
+
 def read_user(path):
     """Return the user id in /userEvents/<user id>, or raise Refusal."""
     encoded = path.removeprefix("/userEvents/")
@@ -1018,39 +1061,47 @@ def http_date(second):
 
 
 class Connection:
-    """What a worker knows of a connection. Any thread may read the fields; each says who writes."""
+    """What a worker knows of a connection. Any thread may read the fields. Who writes them:
+
+    socket      the worker's main thread, once
+    received    the connection's own thread, the handler's: when bytes last came
+    deadline    the thread that has the right to answer: when the connection is cut off; math.inf
+                while the server works on a whole request
+    is_slow     the thread that has the right to answer: whether the peer does not read its answer,
+                which a thread of its own goes on sending
+    is_leaving  the worker's main thread: whether the connection ends with its next answer, or at
+                once if none is owed
+
+    The handler's thread takes the right to answer when it begins a request, and may hand it over
+    with the request. The thread that has sent the answer gives it back. Times are in seconds of
+    time.monotonic.
+    """
 
     def __init__(self, wire):
         self.socket = wire
-        # When bytes last came, in seconds of time.monotonic. The handler's thread writes it.
         self.received = time.monotonic()
-        # When the connection is cut off; math.inf while the server works on a whole request. The
-        # handler's thread writes it until it hands a request over, then the one that answers.
         self.deadline = self.received + PEER_IDLE_SECONDS
-        # Held while an answer is owed: taken by the handler's thread when a request begins, and
-        # released by the thread that sent the answer, which may be another one. (An Event costs so
-        # much more that 6 % fewer requests are served.)
-        self._owed = threading.Lock()
-        # The peer does not read its answer, which a thread of its own goes on sending. The thread
-        # that answers writes it.
         self.is_slow = False
-        # The connection ends with its next answer, or at once if none is owed. The worker's main
-        # thread writes it.
         self.is_leaving = False
+        # The right to answer. (With an Event, 6 % fewer requests are served.)
+        self._answering = threading.Lock()
 
-    def begin_request(self):
-        """Wait until no answer is owed; from now on one is."""
-        self._owed.acquire()
+    def begin_answering(self):
+        """Wait until no answer is owed, and take the right to answer."""
+        self._answering.acquire()
 
-    def end_request(self):
-        """Take note that no answer is owed any more."""
-        # After a bug, settle() has done it already, and then the handler's thread, which reports
-        # the bug, answers 500. At any other time, one thread alone has the answer.
-        if self._owed.locked():
-            self._owed.release()
+    def end_answering(self):
+        """Give the right to answer back: the answer was sent, or cannot be sent."""
+        self._answering.release()
+
+    def is_answering(self):
+        """Tell whether an answer is owed."""
+        return self._answering.locked()
 
     def leave(self):
         """End the connection politely: what it has received is answered."""
+        # First is_leaving is set, then is_slow is read; send_in_thread() does it the other way
+        # round. So if both happen at once, one of the two threads sees it and ends the connection.
         self.is_leaving = True
         if self.is_slow:
             self.shut(socket.SHUT_RDWR)
@@ -1093,9 +1144,15 @@ class Incoming(io.RawIOBase):
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. Every request is read with strict framing, and answered once, in one send.
 
-    The connection's own thread reads requests; an answer is sent by whichever thread has it, and
-    no request is begun before the previous one was answered. So no two threads use the fields at
-    once. (handle() alone reads close_connection too early, and once more when it may.)
+    The connection's own thread reads the requests. What must wait for the disk or the database is
+    answered by the thread that works for the round, see Rounds:
+
+        handler's thread    do_POST -> LogWriter.append -> Rounds.join, and returns
+        working thread      Rounds.tell -> answer_in_round -> answer_logged -> answer -> end_answering
+        handler's thread    await_request -> begin_answering, which waits for end_answering
+
+    As no request is begun before the previous one was answered, no two threads use the fields at
+    once. (close_connection alone is looked at earlier, see await_request.)
 
     http.server's class opens and closes the files, and names the statuses. Its methods of reading
     and answering are replaced, and keep their contracts. These fields are ours:
@@ -1122,62 +1179,70 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self):
         """Answer one request after the other, while the connection is kept."""
-        with contextlib.suppress(OSError):  # the peer is gone
-            # The next request is waited for before the previous one's answer: otherwise this
-            # thread would be woken twice a request.
-            while not self.close_connection and self.rfile.peek(1):
-                self.state.begin_request()
-                # Only now is close_connection as the previous answer has announced it.
-                if self.close_connection:
-                    self.state.end_request()  # none is begun
-                    break
-                self.state.deadline = time.monotonic() + REQUEST_SECONDS
-                self.handle_one_request()
-        self.state.begin_request()  # none will come, but the last answer may still be owed
+        while self.await_request():
+            self.handle_one_request()
         if self.unread:
             self.linger()
 
+    def await_request(self):
+        """Wait until the previous request is answered and the next one begins. Return True if it
+        does, and False if the connection is to be closed."""
+        begins = False
+        # The next request is waited for first: in the other order, this thread would be woken
+        # twice a request. If the previous request already ends the connection, none will come.
+        if not self.close_connection:
+            with contextlib.suppress(OSError):  # the peer is gone
+                begins = bool(self.rfile.peek(1))
+        self.state.begin_answering()
+        # The previous answer may have said that the connection ends.
+        return begins and not self.close_connection
+
     def handle_one_request(self):
         """Read one request, and answer it or have it answered."""
+        self.state.deadline = time.monotonic() + REQUEST_SECONDS
         try:
             if self.parse_request():
                 method = self.find_method()
                 method()
         except Refusal as refusal:
             self.refuse(refusal)
-        except OSError:  # the peer is gone; the attempt to answer it ends the connection
+        except OSError:  # while the body was read: the peer is gone, or was cut off
             self.refuse(not_whole())
         except Exception:
             report_bug()
-            self.send_error(500)
+            if self.state.is_answering():  # else it came after the answer
+                self.send_error(500)
         finally:
-            if self.held:
-                self.server.bodies.give_back(self.held)
-                self.held = 0
+            self.server.bodies.give_back(self.held)
+            self.held = 0
 
     # -- Reading
 
     def parse_request(self):
         """Read the head of a request. Return True, with the results in command, path,
-        request_version, headers, framing, unread and close_connection; or refuse it and return
-        False."""
-        self.command = None
-        self.unread = True
+        request_version, headers, framing, unread and close_connection; or, as http.server does,
+        refuse it and return False."""
         try:
-            request = read_request(self.rfile)
-            self.command = request.command
-            self.path = request.path
-            self.request_version = request.version
-            self.headers = request.headers
-            connection = self.headers.get("connection", "").lower()
-            self.close_connection = request.version == "HTTP/1.0" or "close" in connection
-            self.framing = find_framing(request)
-            self.unread = self.framing.chunked or bool(self.framing.length)
-            self.check_access()
+            self.read_head()
         except Refusal as refusal:
             self.refuse(refusal)
             return False
         return True
+
+    def read_head(self):
+        """Do the work of parse_request, or raise Refusal."""
+        self.command = None
+        self.unread = True
+        request = read_request(self.rfile)
+        self.command = request.command
+        self.path = request.path
+        self.request_version = request.version
+        self.headers = request.headers
+        connection = self.headers.get("connection", "").lower()
+        self.close_connection = request.version == "HTTP/1.0" or "close" in connection
+        self.framing = find_framing(request)
+        self.unread = self.framing.chunked or bool(self.framing.length)
+        self.check_access()
 
     def check_access(self):
         """Raise Refusal unless the sender may ask."""
@@ -1243,8 +1308,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, b'{"status": "ok"}')
             return
         user = read_user(resource)
+        if not may_have_revenue(user):
+            self.answer_revenue(user, None)
+            return
         self.state.deadline = math.inf  # from now on the delay is the server's
-        answer = functools.partial(self.settle, self.answer_revenue, user)
+        answer = functools.partial(self.answer_in_round, self.answer_revenue, user)
         self.server.revenues.find_revenue(user, answer)
 
     def do_HEAD(self):
@@ -1265,7 +1333,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with self.server.decoding:
                 logged = self.stamp_batch(body, first_id)
         if logged.lines:
-            answer = functools.partial(self.settle, self.answer_logged, logged.answer)
+            answer = functools.partial(self.answer_in_round, self.answer_logged, logged.answer)
             self.server.log.append(logged.lines, deadline, answer)
         else:
             self.answer(200, logged.answer)
@@ -1310,14 +1378,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- Answering, in any thread: nothing here waits or prints
 
-    def settle(self, answer, *outcome):
-        """Call answer(*outcome). If it fails, end the connection: its own thread would wait for
-        the answer for ever."""
+    def answer_in_round(self, answer, *arguments):
+        """Call answer(*arguments) in the thread that works for a round. If it fails, end the
+        connection: its own thread would wait for the answer for ever."""
         try:
-            answer(*outcome)
+            answer(*arguments)
         except BaseException:
             self.state.shut(socket.SHUT_RDWR)
-            self.state.end_request()
+            self.state.end_answering()
             raise
 
     def answer_logged(self, body, error):
@@ -1353,21 +1421,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the answer that is owed or, if the peer does not read, have it sent by a thread of
         its own. If that is not possible, end the connection."""
         self.state.deadline = time.monotonic() + PEER_IDLE_SECONDS
-        try:
-            rest = self.send_at_once(self.render(status, body, headers or {}))
-            if rest:
-                self.send_in_thread(rest)
-                return
-        except (OSError, RuntimeError, MemoryError):
-            # The peer is gone; or there is no thread or memory for its answer.
-            self.state.shut(socket.SHUT_RDWR)
-        self.state.end_request()
-
-    def render(self, status, body, headers):
-        """Return the bytes of an answer. It ends the connection if a part of the request was not
-        read, or if the worker wants that."""
         if self.unread or self.state.is_leaving or self.server.stopping:
             self.close_connection = True
+        try:
+            unsent = self.send_at_once(self.render(status, body, headers or {}))
+            if unsent and self.send_in_thread(unsent):
+                return  # that thread ends the answering
+            is_whole = not unsent
+        except (OSError, MemoryError):  # the peer is gone, or there is no memory for its answer
+            is_whole = False
+        if not is_whole:
+            self.state.shut(socket.SHUT_RDWR)
+        self.state.end_answering()
+
+    def render(self, status, body, headers):
+        """Return the bytes of an answer."""
         phrase, _ = self.responses[status]
         date = http_date(int(time.time()))
         head = f"{self.protocol_version} {status} {phrase}\r\nDate: {date}\r\n"
@@ -1390,26 +1458,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
             sent = 0
         return data[sent:]
 
-    def send_in_thread(self, rest):
-        """Go on sending in a thread of its own, or raise RuntimeError if there is no room."""
-        if not self.server.unread_answers.take(len(rest)):
-            raise RuntimeError("too many answers that nobody reads")
-        try:
-            self.state.is_slow = True
-            if self.state.is_leaving:
-                raise RuntimeError("its place is needed")
-            threading.Thread(target=self.send_rest, args=[rest], daemon=True).start()
-        except RuntimeError:
-            self.server.unread_answers.give_back(len(rest))
-            raise
+    def send_in_thread(self, unsent):
+        """Go on sending in a thread of its own, and return True; or return False if there is no
+        room for that."""
+        if not self.server.unread_answers.take(len(unsent)):
+            return False
+        # First is_slow is set, then is_leaving is read; leave() does it the other way round.
+        self.state.is_slow = True
+        if not self.state.is_leaving:
+            with contextlib.suppress(RuntimeError, MemoryError):  # too many threads
+                threading.Thread(target=self.send_rest, args=[unsent], daemon=True).start()
+                return True
+        self.server.unread_answers.give_back(len(unsent))
+        return False
 
-    def send_rest(self, rest):
+    def send_rest(self, unsent):
         """Send the rest of the answer that is owed, until the connection is cut off."""
-        with contextlib.suppress(OSError):  # the peer is gone, or was cut off
-            self.connection.sendall(rest)
-        self.server.unread_answers.give_back(len(rest))
+        try:
+            self.connection.sendall(unsent)
+        except OSError:  # the peer is gone, or was cut off
+            self.state.shut(socket.SHUT_RDWR)
+        self.server.unread_answers.give_back(len(unsent))
         self.state.is_slow = False
-        self.state.end_request()
+        self.state.end_answering()
 
     def linger(self):
         """Read on for DRAIN_SECONDS, until the worker ends it, or up to DRAIN_BYTES, and discard.
@@ -1492,14 +1563,14 @@ class Worker:
             if lifeline not in ready:  # else it may be somebody else's log by now
                 self.log.open_early()
             self._most_connections = most_connections()
-            while lifeline not in ready and not self.log.failed:
+            while lifeline not in ready and not self.log.failure:
                 if self._listener in ready or self._accepted is not None:
                     self.accept()  # what it cannot serve yet is tried again after the next look
                 else:
                     self._crowded_since = math.inf
                 ready = self.wait(LOOK_SECONDS)
         self.stop()
-        if self.log.failed:
+        if self.log.failure:
             return EXIT_SYNC_FAILED
         return 0
 
@@ -1540,36 +1611,34 @@ class Worker:
         """Serve a connection to its end."""
         try:
             with contextlib.suppress(OSError):  # the peer is gone
-                Handler(wire, address, self)
+                Handler(wire, address, self)  # as in socketserver, this calls setup() and handle()
         finally:
             del self.connections[wire]
             wire.close()
 
     def make_room(self):
-        """Give a connection time to end, or another worker time to take the one that waits; if
-        that did not help, have the one from which nothing has come for the longest time leave: at
-        once if it is quiet, else when somebody has waited for ROOM_SECONDS."""
-        time.sleep(PAUSE_SECONDS)
-        if self.stopping:
+        """Make room for a connection that waits, if it still does after a pause: have the one
+        leave from which nothing has come for the longest time."""
+        time.sleep(PAUSE_SECONDS)  # one may end, or another worker may take the one that waits
+        is_awaited = self._accepted is not None or self._listener in self.wait(0)
+        if self.stopping or not is_awaited:
             return
-        if self._accepted is None and self._listener not in self.wait(0):
-            return  # nobody waits any more
         now = time.monotonic()
         self._crowded_since = min(self._crowded_since, now)
-        recently = now - QUIET_SECONDS
+        last = now - QUIET_SECONDS
         if now - self._crowded_since >= ROOM_SECONDS:
-            recently = now
-        longest = None
-        for connection in list(self.connections.values()):
-            if connection.deadline == math.inf:
-                continue  # its request is worked on
-            if connection.is_leaving:
-                return  # one is enough for now
-            if connection.received > recently:
-                continue  # its next bytes may be on their way
-            if longest is None or connection.received < longest.received:
-                longest = connection
-        if longest is not None:
+            last = now  # now it may also be one whose next bytes are on their way
+        # Others have a whole request, on which the server works.
+        idle = [
+            connection
+            for connection in list(self.connections.values())
+            if connection.deadline != math.inf
+        ]
+        if any(connection.is_leaving for connection in idle):
+            return  # one is enough for now
+        quiet = [connection for connection in idle if connection.received <= last]
+        if quiet:
+            longest = min(quiet, key=operator.attrgetter("received"))
             longest.leave()
 
     def stop(self):
@@ -1663,17 +1732,20 @@ class Supervisor:
         return self._status
 
     def _stop(self, *_):
-        """Tell the workers to stop, and kill those that do not end in time."""
+        """Tell the workers to stop, and kill those that do not end in time. (Also the handler of
+        SIGTERM and SIGINT, whose arguments do not matter.)"""
         if self._is_stopping():
             return  # who asks again gives them no more time
         self._writing_end.close()
         signal.alarm(math.ceil(STOP_SECONDS + KILL_SECONDS))
 
     def _is_stopping(self):
+        """Tell whether the workers were told to stop."""
         return self._writing_end.closed
 
     def _kill(self, *_):
-        """End workers that do not end by themselves, and the waiting for them."""
+        """Kill the workers, which did not end in time, and raise WorkersStuck: as this is the
+        handler of SIGALRM, that ends whatever run() is doing, such as its wait for a worker."""
         for process in self._started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -1697,6 +1769,7 @@ class Supervisor:
                 options = os.WNOHANG  # for those that have ended meanwhile
 
     def _is_missing_one(self):
+        """Tell whether a worker is to be started."""
         return len(self._started) < self._count and not self._is_stopping()
 
     def _worker_ended(self, status, started):
@@ -1710,7 +1783,8 @@ class Supervisor:
             self._count_quick_death(started)
 
     def _count_quick_death(self, started):
-        """Give up if workers die as fast as they are started, and none lives longer."""
+        """Stop the server when QUICK_DEATHS workers in a row have died soon after their start. It
+        goes on as long as one lives longer, also if another one dies again and again."""
         recently = time.monotonic() - QUICK_DEATH_SECONDS
         oldest = min([started, *self._started.values()])
         if oldest < recently:
@@ -1730,7 +1804,7 @@ class Supervisor:
         try:
             self._start_worker()
         except OSError as error:  # there is no room for another process now
-            if not self._started:
+            if not self._started:  # which ends run(), too
                 warn(f"The server ends: no worker can be started ({sentence(error)}).")
                 self._status = 1
 
@@ -1792,8 +1866,9 @@ def parse_command_line(arguments):
     return options
 
 
-# Names of authentication schemes. One of them without credentials is no secret: the variable that
-# should have held them was not set.
+# Names of authentication schemes: those of IANA's registry that are in use, and some that are in
+# use without standing there. A scheme without credentials is no secret: the variable that should
+# have held them was not set.
 SCHEMES = b"apikey basic bearer digest dpop hmac hoba mutual negotiate ntlm oauth token vapid"
 
 

@@ -26,7 +26,7 @@ class Answering(RequestTest):
     def test_an_answer_that_is_not_read_yet_is_sent_later(self):
         bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
         with (
-            serving(unittest.mock.Mock(failed=None), DRAIN_SECONDS=2) as worker,
+            serving(unittest.mock.Mock(failure=""), DRAIN_SECONDS=2) as worker,
             socket.socket() as slow,
         ):
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -195,7 +195,7 @@ class Answering(RequestTest):
                 self.assertTrue(wire.recv(65536).startswith(b"HTTP/1.1 200 "))
 
     def test_a_failed_append_has_its_status(self):
-        log = unittest.mock.Mock(failed=None)
+        log = unittest.mock.Mock(failure="")
         cases = {
             "none": (None, 200),
             "no space": (OSError(errno.ENOSPC, ""), 507),
@@ -218,7 +218,7 @@ class Answering(RequestTest):
 
     def test_a_bug_is_answered_with_500(self):
         with serving(
-            unittest.mock.Mock(failed=None), DRAIN_SECONDS=2
+            unittest.mock.Mock(failure=""), DRAIN_SECONDS=2
         ) as worker, socket.create_connection(worker.address, timeout=20) as wire:
             worker.revenues.find_revenue = unittest.mock.Mock(side_effect=ZeroDivisionError)
             with warnings_of(server_module) as said:
@@ -229,7 +229,7 @@ class Answering(RequestTest):
     def test_an_answer_from_another_thread_is_not_lost_with_an_unread_body(self):
         asked = []
         with (
-            serving(unittest.mock.Mock(failed=None), DRAIN_SECONDS=5) as worker,
+            serving(unittest.mock.Mock(failure=""), DRAIN_SECONDS=5) as worker,
             socket.create_connection(worker.address, timeout=20) as wire,
         ):
             worker.revenues.find_revenue = lambda _user, answer: asked.append(answer)
@@ -257,7 +257,7 @@ class Answering(RequestTest):
     def test_answers_of_a_server_that_stops_end_their_connections(self):
         pending = []
         log = unittest.mock.Mock(
-            failed=None, append=lambda lines, deadline, done: pending.append(done)
+            failure="", append=lambda lines, deadline, done: pending.append(done)
         )
         with contextlib.ExitStack() as stack:
             with serving(log, DRAIN_SECONDS=1) as worker:
@@ -346,7 +346,7 @@ class Answering(RequestTest):
 
         errors = []
         with (
-            serving(unittest.mock.Mock(failed=None), Handler=Echo) as worker,
+            serving(unittest.mock.Mock(failure=""), Handler=Echo) as worker,
             socket.create_connection(worker.address, timeout=20) as wire,
         ):
             for target, status in {"/health?x=1": 418, "/health?short": 404}.items():

@@ -299,7 +299,7 @@ class Durability(SystemTest):
         with opened_log(path) as log:
             path.write_text("unfinish")  # by another worker, killed then
             path.rename(self.path("first"))
-            reopen = log.open
+            reopen = log._open
 
             def open_and_rotate():
                 fd = reopen()
@@ -307,7 +307,7 @@ class Durability(SystemTest):
                     path.rename(self.path("second"))
                 return fd
 
-            with unittest.mock.patch.object(log, "open", open_and_rotate), captured():
+            with unittest.mock.patch.object(log, "_open", open_and_rotate), captured():
                 append(log, with_id("p", 1).encode())
         self.assertEqual([self.path(name).stat().st_size for name in ("first", "second")], [0, 0])
         self.assertEqual(ids_in(path), [("p", 1)])

@@ -70,7 +70,7 @@ os.fsync = fail
             ):
                 self.assertRaises(OSError, append, log, with_id("p", 1).encode())
             self.assertRaises(OSError, append, log, with_id("p", 1).encode())
-            self.assertIn("sync failed", log.failed)
+            self.assertIn("sync failed", log.failure)
 
     def test_a_new_log_has_its_directory_synced(self):
         steps = []

@@ -48,7 +48,7 @@ class Limits(RequestTest):
         health = request("GET", "/health")
         large = post(f"Content-Length: {2**30}")
         log = unittest.mock.Mock(
-            failed=None,
+            failure="",
             append=lambda lines, deadline, done: threading.Timer(0.1, done, [None]).start(),
         )
         soon = {"PEER_IDLE_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}
@@ -87,7 +87,7 @@ class Limits(RequestTest):
     def test_a_slow_disk_is_waited_for(self):
         pending = []
         log = unittest.mock.Mock(
-            failed=None, append=lambda lines, deadline, done: pending.append(done)
+            failure="", append=lambda lines, deadline, done: pending.append(done)
         )
         with serving(log, REQUEST_SECONDS=0.1, PEER_IDLE_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
             with socket.create_connection(worker.address, timeout=20) as waiting:
@@ -108,7 +108,7 @@ class Limits(RequestTest):
                 return super().values()
 
         missing = []
-        log = unittest.mock.Mock(failed=None)
+        log = unittest.mock.Mock(failure="")
         with serving(log, PEER_IDLE_SECONDS=1, DRAIN_SECONDS=1) as worker:
             worker.connections = Connections()
             with socket.create_connection(worker.address, timeout=20) as idle:
@@ -127,7 +127,7 @@ class Limits(RequestTest):
             decoding.pop()
             return judge_batch(body)
 
-        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, done: done(None))
+        log = unittest.mock.Mock(failure="", append=lambda lines, deadline, done: done(None))
         with (
             unittest.mock.patch.object(server_module, "judge_batch", count),
             contextlib.ExitStack() as stack,
@@ -157,7 +157,7 @@ class Limits(RequestTest):
             goes_on.wait(20)
             answer(None)
 
-        log = unittest.mock.Mock(failed=None, append=append)
+        log = unittest.mock.Mock(failure="", append=append)
         with (
             unittest.mock.patch.object(server_module, "judge_batch", judge),
             contextlib.ExitStack() as stack,
@@ -247,7 +247,7 @@ class Room(RequestTest):
         self.assertEqual(read_answer(wire)[0], 200)
 
     def test_whoever_was_silent_for_longest_makes_room_for_the_next_one(self):
-        with serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=3) as worker:
+        with serving(unittest.mock.Mock(failure=""), MAX_CONNECTIONS=3) as worker:
             half, idle, third = [self.connect(worker) for _ in range(3)]
             half.sendall(b"GET /health HTTP/1.1\r\nHo")
             wait_until(lambda: len(worker.connections) == 3, "all are accepted")
@@ -271,7 +271,7 @@ class Room(RequestTest):
                         while not over.wait(0.3):
                             self.assertHealthy(wire)
 
-        with serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=4) as worker:
+        with serving(unittest.mock.Mock(failure=""), MAX_CONNECTIONS=4) as worker:
             threads = [threading.Thread(target=ask_again_and_again) for _ in range(4)]
             for thread in threads:
                 thread.start()
@@ -297,7 +297,7 @@ class Room(RequestTest):
                 if over.wait(0.05):
                     return
 
-        with serving(unittest.mock.Mock(failed=None), MAX_CONNECTIONS=4) as worker:
+        with serving(unittest.mock.Mock(failure=""), MAX_CONNECTIONS=4) as worker:
             wires = [self.connect(worker) for _ in range(4)]
             thread = threading.Thread(target=send_byte_after_byte, args=[wires])
             thread.start()
@@ -313,7 +313,7 @@ class Room(RequestTest):
     def test_a_peer_who_reads_nothing_makes_room_at_once(self):
         bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
         settings = {"MAX_CONNECTIONS": 1, "DRAIN_SECONDS": 30}
-        with serving(unittest.mock.Mock(failed=None), **settings) as worker:
+        with serving(unittest.mock.Mock(failure=""), **settings) as worker:
             with socket.socket() as deaf:
                 deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 deaf.connect(worker.address)
@@ -325,7 +325,7 @@ class Room(RequestTest):
     def test_whoever_waits_for_an_answer_keeps_the_connection(self):
         pending = []
         log = unittest.mock.Mock(
-            failed=None, append=lambda lines, deadline, answer: pending.append(answer)
+            failure="", append=lambda lines, deadline, answer: pending.append(answer)
         )
         with serving(log, MAX_CONNECTIONS=1) as worker:
             first = self.connect(worker)
@@ -344,7 +344,7 @@ class Room(RequestTest):
             "with a length": post(length) + EVENT[:40],
             "in chunks": post("Transfer-Encoding: chunked") + b"28\r\n" + EVENT[:40],
         }
-        log = unittest.mock.Mock(failed=None, append=lambda lines, deadline, answer: answer(None))
+        log = unittest.mock.Mock(failure="", append=lambda lines, deadline, answer: answer(None))
         for case, part in parts.items():
             with (
                 self.subTest(case),
@@ -367,7 +367,7 @@ class Room(RequestTest):
     def test_answers_that_nobody_reads_are_bounded_together(self):
         bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
         settings = {"UNREAD_ANSWER_BYTES": 1000, "DRAIN_SECONDS": 30}
-        with serving(unittest.mock.Mock(failed=None), **settings) as worker:
+        with serving(unittest.mock.Mock(failure=""), **settings) as worker:
             with socket.socket() as deaf:
                 deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 deaf.connect(worker.address)

@@ -159,7 +159,7 @@ sys.stderr = open("/dev/full", "w", 1)
                 thread.join()
 
     def test_a_worker_that_stops_empties_the_backlog_for_a_bounded_time(self):
-        log = unittest.mock.Mock(failed=None)
+        log = unittest.mock.Mock(failure="")
         begun = time.monotonic()
         with unittest.mock.patch.object(
             server_module.Worker, "accept", return_value=True
@@ -171,7 +171,7 @@ sys.stderr = open("/dev/full", "w", 1)
     def test_a_worker_that_stops_waits_for_the_disk_for_a_bounded_time(self):
         pending = []
         log = unittest.mock.Mock(
-            failed=None, append=lambda lines, deadline, done: pending.append(done)
+            failure="", append=lambda lines, deadline, done: pending.append(done)
         )
         with contextlib.ExitStack() as stack:
             with serving(log, BACKLOG_SECONDS=0.1, STOP_SECONDS=0.3) as worker:

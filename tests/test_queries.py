@@ -27,6 +27,7 @@ from tests.tools_database import (
     waiting,
 )
 from tests.tools_events import EVENT, ids_in
+from tests.tools_http import read_answer, request, serving
 from tests.tools_parts import warnings_of
 
 USER1 = "/userEvents/user1"
@@ -255,11 +256,13 @@ server.connect = connect
         self.assertCountEqual(answers, ["1.5", "-2", "1.5", None] * 10)
 
     def test_a_user_id_that_no_event_has_is_not_asked_for(self):
-        database = self.database()
-        with unittest.mock.patch.object(server_module, "connect") as connect:
-            answers = find_revenues(database, ["\0", "user\0", "x" * 256, "x" * 60_000])
-            self.assertEqual(answers, [None] * 4)
-            connect.assert_not_called()
+        with serving(unittest.mock.Mock(failure=""), MAX_CONNECTIONS=1) as worker:
+            worker.revenues = unittest.mock.Mock()
+            with socket.create_connection(worker.address, timeout=20) as wire:
+                for user in ("%00", "user%00", "x" * 256, "x" * 60_000):
+                    wire.sendall(request("GET", f"/userEvents/{user}"))
+                    self.assertEqual(read_answer(wire)[0], 404)
+            worker.revenues.find_revenue.assert_not_called()
 
     def test_ten_thousand_who_wait_share_one_query(self):
         query("INSERT INTO users_revenue SELECT 'user' || n, n FROM generate_series(0, 9999) AS n")

@@ -79,7 +79,7 @@ def poll(follower):
 def opened_log(path):
     """Return a context with a server's log in this process, which is closed at its end."""
     log = server_module.LogWriter(str(path))
-    log._fd = log.open()
+    log._fd = log._open()
     try:
         yield log
     finally:
