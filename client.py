@@ -55,47 +55,51 @@ EVENTS_AUTHORIZATION is sent as the Authorization header.
 Example: python client.py events.jsonl --url http://localhost:8000/liveEvent
 """
 
-# The most bytes of a request's body. The server takes 1 MiB.
+# Bytes of a request's body, at most. The server takes 1 MiB.
 BATCH_BYTES = 512 * 1024
-# The first batches are smaller, so that a slow line can carry them in time.
+# Bytes of the first batches: a slow line can carry these in time.
 FIRST_BATCH_BYTES = 64 * 1024
-# Batches do not become smaller than this, which is few enough for the slowest line.
+# Bytes below which batches do not become smaller: the slowest line can carry these.
 SMALLEST_BATCH_BYTES = 4 * 1024
-# An answer within this time says that the next batch may be larger.
+# Seconds within which an answer says that the next batch may be larger.
 FAST_ANSWER_SECONDS = 1.0
-# So many bytes are read from the file at once.
-READ_BYTES = 1024 * 1024
+# Bytes that are read at once from the file for its hash, and from a line longer than a batch.
+READ_BYTES = 256 * 1024
 # Requests that are under way at once: enough to keep the server busy while answers travel.
 CONCURRENT_REQUESTS = 4
-# Batches that are read and not yet answered: all that is held in memory.
-BATCHES_AHEAD = 2 * CONCURRENT_REQUESTS
-# An answer has at most so many bytes: 10,000 rejected lines with an error each.
+# Batches that are read and not yet answered. All that is held in memory are these, the one that is
+# read and the one that was answered last. So many that no request waits for the file.
+BATCHES_AHEAD = CONCURRENT_REQUESTS + 2
+# Bytes that are read at once from an answer. Most answers are shorter.
+ANSWER_BLOCK_BYTES = 16 * 1024
+# Bytes of an answer, at most: 10,000 rejected lines with an error each.
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
-# A note in FILE.delivery has at most so many: a batch whose bytes are all escaped, and more.
+# Bytes of a note in FILE.delivery, at most: a batch whose bytes are all escaped, and more.
 MAX_NOTE_BYTES = 8 * BATCH_BYTES
-# Of a server's words, so many characters are shown.
+# Characters of a server's words that are shown.
 MAX_WORDS = 300
 
-# An address that does not take a connection for so long is given up for the next one.
+# Seconds for an address to take a connection; then the next address is tried.
 CONNECT_SECONDS = 5.0
-# A request of which the network takes no byte for so long has failed.
+# Seconds for the network to take a byte of a request; then the request has failed.
 STALL_SECONDS = 10.0
-# After a request could not be sent whole, its answer, which may be there, is waited for so long.
+# Seconds for an answer to arrive although its request could not be sent whole.
 REFUSAL_SECONDS = 1.0
-# A server whose host has vanished is noticed after so long (three probes without an answer), even
-# while its answer is waited for.
+# Seconds between two probes of a peer that says nothing. After this number of probes without an
+# answer its host has vanished, and nobody waits for it any more.
 PROBE_SECONDS = 5
 PROBES = 3
-# No socket waits longer than a day, however large --give-up-after is.
+# Seconds that a socket waits at most, however large --give-up-after is: a day.
 LONGEST_WAIT_SECONDS = 86_400.0
-# The pause before a request is sent again doubles from one to the other.
+# Seconds before a request is sent again for the first time. The pause doubles each time.
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 5.0
-# Time without success is counted in steps of so long. After one, we say that we wait.
+# Seconds without success are counted in steps of this length. After the first step, we say that we
+# wait.
 STEP_SECONDS = 1.0
-# The progress is shown once in so long.
+# Seconds between two displays of the progress.
 PROGRESS_SECONDS = 0.5
-# A line on stderr waits so long for a reader that is only slow. After one that was dropped,
+# Seconds that a line on stderr waits for a reader that is only slow. After one that was dropped,
 # nothing waits until something can be written again.
 READER_SECONDS = 0.1
 
@@ -127,6 +131,10 @@ class Failure(Exception):
 
 
 # ---- What is printed ----------------------------------------------------------------------
+
+# client.py must run without the other scripts. So these are copies of functions of
+# data_processor.py, under the same names and with the same contracts: printable, is_terminal,
+# write_without_waiting, open_regular and leads_to. Whoever changes one changes both.
 
 
 def printable(words):
@@ -170,9 +178,9 @@ def write_without_waiting(fd, data, patience):
         return 0
     # What is ready may have less room than data needs, and would wait for the rest. A descriptor
     # of its own can refuse to wait without changing the one that other programs share.
-    own = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        own_fd = os.open(f"/dev/fd/{fd}", own)
+        own_fd = os.open(f"/dev/fd/{fd}", flags)
     except OSError:  # a socket, or somebody else's pipe: when it is ready, it takes so much
         return os.write(fd, data[:512])
     try:
@@ -294,32 +302,29 @@ def naming(path):
         raise
 
 
-@contextlib.contextmanager
-def unless_unsupported():
-    """Take it for no failure that a file system has no sync at all."""
+def sync(fd):
+    """Return when a file or directory is on the disk, or raise OSError.
+
+    A file system that has no sync at all does not stop a delivery: it is safe from a kill there,
+    and from a power cut nothing is.
+    """
     try:
-        yield
+        if hasattr(fcntl, "F_FULLFSYNC") and stat.S_ISREG(os.fstat(fd).st_mode):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
+        else:
+            os.fsync(fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
             raise
 
 
-def sync_file(fd):
-    """Return when the file is on the disk, as far as its file system can tell, or raise
-    OSError."""
-    with unless_unsupported():
-        if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # macOS: fsync stops at the drive's cache
-        else:
-            os.fsync(fd)
-
-
-def sync_directory(path):
-    """Return when the names in a directory are on the disk, or raise OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_directory_of(path):
+    """Return when the names in a file's directory are on the disk, or raise OSError."""
+    directory = os.path.dirname(path)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with naming(path), unless_unsupported():
-            os.fsync(fd)
+        with naming(directory):
+            sync(fd)
     finally:
         os.close(fd)
 
@@ -553,7 +558,7 @@ class StateFile:
         line = json.dumps({"rejectedLinesIn": path}).encode() + b"\n"
         with naming(self.path):
             write_all(self._fd, line)
-            sync_file(self._fd)
+            sync(self._fd)
         self.published = path
 
     def is_in_place(self):
@@ -563,8 +568,8 @@ class StateFile:
     def sync(self):
         """Return when the file and its name are on the disk, or raise OSError."""
         with naming(self.path):
-            sync_file(self._fd)
-        sync_directory(os.path.dirname(self.path))
+            sync(self._fd)
+        sync_directory_of(self.path)
 
     def forget(self):
         """End the delivery: the next client begins a new one. Raise OSError if it cannot be ended.
@@ -575,12 +580,12 @@ class StateFile:
         with naming(self.path):
             os.ftruncate(self._fd, 0)
         with contextlib.suppress(OSError):
-            sync_file(self._fd)
+            sync(self._fd)
         # Somebody may have renamed the file, and another client may own one of this name.
         with contextlib.suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
-                sync_directory(os.path.dirname(self.path))
+                sync_directory_of(self.path)
 
     def close(self):
         """Release the lock."""
@@ -597,24 +602,21 @@ class Batch(typing.NamedTuple):
     lines: int
     events: int  # lines that are not blank
     body: bytes  # what is sent: the lines, each with its line end
-    end: int  # where it ends in the file, in bytes; for its halves, too, where the whole ends
+    end: int = 0  # where it ends in the file, in bytes; a half that is sent again has none
 
     def halves(self):
         """Return two batches with half of the lines each."""
         lines = self.body.split(b"\n")
         lines.pop()  # what is behind the last line end: nothing
         half = self.lines // 2
-        return [
-            make_batch(self.first, lines[:half], self.end),
-            make_batch(self.first + half, lines[half:], self.end),
-        ]
+        return [make_batch(self.first, lines[:half]), make_batch(self.first + half, lines[half:])]
 
 
-def make_batch(first, lines, end):
+def make_batch(first, lines):
     """Return the Batch of some lines, given without their line ends."""
     events = [line for line in lines if line.strip()]
-    body = b"\n".join(lines) + b"\n"
-    return Batch(first, len(lines), len(events), body, end)
+    body = b"\n".join([*lines, b""])
+    return Batch(first, len(lines), len(events), body)
 
 
 class BatchSize:
@@ -642,20 +644,18 @@ class BatchSize:
 
 
 class Source:
-    """The file that is sent. Every byte of its content is sent as it was read, and read once.
+    """The file that is sent, as long as it was when the run began.
 
-    name       as the user typed it
-    content    the Content when the run began
-    _path      from where it was opened
-    _fd        the descriptor
-    _hash      SHA-256 of all bytes up to _position, as they were when they were read
-    _position  up to here the file was read for batches
-    _unsent    the bytes that end at _position, and maybe a last line end that the file lacks;
-               those before the index _taken are in batches
-    _offset    up to here the file is in batches; in _unsent, the index _taken stands for it
+    It is read twice: measure() reads it to its end for its hash, and batches() reads what is to be
+    sent. is_unchanged() tells whether both found the same.
 
-        the file   |--- in batches ---|--- read, not in batches ---|--- not read ---|
-                                   _offset                      _position
+    name      as the user typed it
+    content   the Content that measure() found
+    _path     from where it was opened
+    _fd       the descriptor
+    _offset   up to here, in bytes, the file is in batches
+    _hash     SHA-256 of the bytes before _offset, as they were sent; those that were sent by an
+              earlier run are as measure() found them
     """
 
     def __init__(self, name, path):
@@ -668,28 +668,24 @@ class Source:
         except OSError as error:
             error.filename = name
             raise
-        self._hash = None
-        self._position = 0
-        self._unsent = b""
-        self._taken = 0
         self._offset = 0
+        self._hash = hashlib.sha256()
 
     def is_in_place(self):
         """Tell whether the path still leads to this file."""
         return leads_to(self._path, self._fd)
 
     def measure(self, offset):
-        """Read the file once to learn its content. Batches will begin at offset. Raise OSError."""
-        self._position = offset
-        self._offset = offset
+        """Read the file to learn its content. Batches will begin at offset. Raise OSError."""
         digest = hashlib.sha256()
-        size = self._hash_up_to(digest, 0, offset)
+        self._offset = self._hash_between(0, offset, digest)
         self._hash = digest.copy()
-        size = self._hash_up_to(digest, size, math.inf)
+        size = self._hash_between(self._offset, math.inf, digest)
         self.content = Content(size, digest.hexdigest())
 
-    def _hash_up_to(self, digest, position, end):
-        """Feed digest with the bytes from a position to an end; return where they end."""
+    def _hash_between(self, position, end, digest):
+        """Feed digest with the bytes from a position to an end, or to the end of the file; return
+        where they end."""
         while position < end:
             data = os.pread(self._fd, min(READ_BYTES, end - position), position)
             if not data:
@@ -699,78 +695,71 @@ class Source:
         return position
 
     def batches(self, first, size):
-        """Yield all lines from the first one on as batches of at most a BatchSize.
+        """Yield the lines of the file from the first one on, which begins at the offset given to
+        measure(), as batches of at most a BatchSize. Raise Failure if the file became shorter.
 
         Of a line that is longer than BATCH_BYTES, the beginning is sent with "..." behind it: it
         is no JSON then, and the server rejects it.
         """
-        while self._read_ahead():
-            lines = self._take_lines(size)
-            if not lines:
-                lines = [self._take_long_line()]
-            # The last line end may be ours, and not in the file.
-            end = min(self._offset, self.content.size)
-            yield make_batch(first, lines, end)
-            first += len(lines)
+        while self._offset < self.content.size:
+            lines = self._next_lines(size)
+            if lines:
+                batch = make_batch(first, lines)
+                self._pass_over(batch.body)
+            else:
+                batch = make_batch(first, [self._pass_over_long_line()])
+            yield batch._replace(end=self._offset)
+            first += batch.lines
 
-    def _read_ahead(self):
-        """Have BATCH_BYTES unsent, or what is left; tell whether there is anything. Raise Failure
-        if the file became shorter."""
-        while len(self._unsent) - self._taken < BATCH_BYTES:
-            wanted = min(READ_BYTES, self.content.size - self._position)
-            if not wanted:
-                break
-            data = os.pread(self._fd, wanted, self._position)
-            if not data:
-                words = f"{self.name} was shortened while it was read. "
-                raise Failure(words + "Restore it, then run this command again.")
-            self._hash.update(data)
-            self._position += len(data)
-            if self._position == self.content.size and not data.endswith(b"\n"):
-                data += b"\n"
-            self._unsent = self._unsent[self._taken:] + data
-            self._taken = 0
-        return self._taken < len(self._unsent)
-
-    def _take_lines(self, size):
+    def _next_lines(self, size):
         """Return as many whole lines as size allows, without their line ends; none if the first
         one is longer than BATCH_BYTES."""
-        start = self._taken
-        end = self._unsent.rfind(b"\n", start, start + size.bytes) + 1
-        if not end:
-            end = self._unsent.find(b"\n", start, start + BATCH_BYTES) + 1
-        if not end:
-            return []
-        lines = self._unsent[start:end].split(b"\n", size.lines)
-        behind = lines.pop()  # what follows on the last line that is allowed
-        self._pass_to(end - len(behind))
+        lines = self._read(size.bytes).split(b"\n", size.lines)
+        lines.pop()  # what is behind the last line end, or behind the last line that is allowed
+        if not lines:
+            lines = self._read(BATCH_BYTES).split(b"\n", 1)
+            lines.pop()
         return lines
 
-    def _pass_to(self, index):
-        """Count the bytes of _unsent before index as taken."""
-        self._offset += index - self._taken
-        self._taken = index
+    def _read(self, length):
+        """Return at most length bytes that follow on _offset, or raise Failure if there are none.
 
-    def _take_long_line(self):
-        """Pass over a line longer than BATCH_BYTES; return its beginning, marked as such."""
+        If they reach the end of the file, its last line gets the line end that it may lack.
+        """
+        left = self.content.size - self._offset
+        data = os.pread(self._fd, min(length, left), self._offset)
+        if left and not data:
+            words = f"{self.name} was shortened while it was read. "
+            raise Failure(words + "Restore it, then run this command again.")
+        if len(data) == left < length and not data.endswith(b"\n"):
+            data += b"\n"
+        return data
+
+    def _pass_over(self, data):
+        """Move _offset behind data, which was read there."""
+        in_file = data[: self.content.size - self._offset]  # without a line end of our own
+        self._hash.update(in_file)
+        self._offset += len(in_file)
+
+    def _pass_over_long_line(self):
+        """Move _offset behind a line longer than BATCH_BYTES; return its beginning, marked as
+        such. The whole line is never in memory."""
         mark = b"..."
-        start = self._taken
-        line = self._unsent[start : start + BATCH_BYTES - len(mark) - 1] + mark
-        line_end = self._unsent.find(b"\n", start)
-        while line_end < 0:
-            self._pass_to(len(self._unsent))
-            # There is more, because the last line has its end. _unsent then begins with it.
-            self._read_ahead()
-            line_end = self._unsent.find(b"\n")
-        self._pass_to(line_end + 1)
-        return line
+        data = self._read(BATCH_BYTES)
+        beginning = data[: BATCH_BYTES - len(mark) - 1] + mark
+        while b"\n" not in data:
+            self._pass_over(data)
+            data = self._read(READ_BYTES)
+        end = data.index(b"\n") + 1
+        self._pass_over(data[:end])
+        return beginning
 
     def is_unchanged(self):
-        """Tell whether what was sent is what the file held when the delivery began."""
+        """Tell whether what was sent is what measure() found."""
         return self._hash.hexdigest() == self.content.sha256
 
     def has_same_size(self):
-        """Tell whether the file is as long as when the delivery began."""
+        """Tell whether the file is still as long as measure() found it."""
         return os.fstat(self._fd).st_size == self.content.size
 
     def close(self):
@@ -1287,7 +1276,7 @@ def read_payload(response):
     payload = bytearray()
     while len(payload) <= MAX_ANSWER_BYTES:
         # Not read(): it would allocate what a malformed chunk announces.
-        block = response.read1(BATCH_BYTES)
+        block = response.read1(ANSWER_BLOCK_BYTES)
         if not block:
             return bytes(payload)
         payload += block
@@ -1371,11 +1360,11 @@ def publish_rejected_lines(state, path):
                 for note in state.notes():
                     for line in note.rejected_lines:
                         write_all(fd, line + b"\n")
-                sync_file(fd)
+                sync(fd)
         finally:
             os.close(fd)
         rename_without_overwriting(collected, path)
-    sync_directory(os.path.dirname(path))
+    sync_directory_of(path)
 
 
 def rename_without_overwriting(old, new):
@@ -1413,7 +1402,7 @@ def print_receipt(words):
             written = os.write(fd, data)
             data = data[written:]
     if stat.S_ISREG(os.fstat(fd).st_mode):
-        sync_file(fd)  # some file systems tell only now that they are full
+        sync(fd)  # some file systems tell only now that they are full
 
 
 # ---- The command line ---------------------------------------------------------------------
