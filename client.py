@@ -356,20 +356,51 @@ class Content(typing.NamedTuple):
 
 
 class Progress(typing.NamedTuple):
-    """How far every line of the source file is answered, counted from its start."""
+    """How far the source file is answered, from its start and without a gap."""
 
-    lines: int = 0  # that are answered, blank ones included
+    lines: int = 0  # blank ones included
     offset: int = 0  # where the next line begins, in bytes
     accepted: int = 0  # events
     rejected: int = 0  # events
 
 
 class Note(typing.NamedTuple):
-    """A line of FILE.delivery that was written when a batch was answered."""
+    """A line of FILE.delivery behind the first one."""
 
-    progress: Progress  # with this batch
-    rejected_lines: list  # of this batch, as they were sent, in bytes and without line ends
-    size: int  # of the note itself, in bytes
+    progress: Progress  # when it was written
+    rejected_lines: list  # since the note before, as they were sent, in bytes, without line ends
+    rejected_name: str = None  # of the file that gets the rejected lines of all notes
+
+    def encode(self):
+        """Return the line, in bytes."""
+        texts = [line.decode("latin-1") for line in self.rejected_lines]  # any bytes are a text so
+        fields = {**self.progress._asdict(), "rejectedLines": texts}
+        if self.rejected_name:
+            fields["rejectedLinesIn"] = self.rejected_name
+        return json.dumps(fields).encode() + b"\n"
+
+
+def decode_note(line, before):
+    """Return the Note that line holds, or None if it is not whole or does not follow on the
+    progress before."""
+    fields = decode_object(line)
+    if fields is None or not line.endswith(b"\n"):
+        return None
+    try:
+        progress = Progress(*[fields[name] for name in Progress._fields])
+        rejected_lines = [text.encode("latin-1") for text in fields["rejectedLines"]]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+    if not all(is_count(count) for count in progress):
+        return None
+    if any(now < then for now, then in zip(progress, before)):
+        return None
+    if progress.rejected - before.rejected != len(rejected_lines):
+        return None
+    rejected_name = fields.get("rejectedLinesIn")
+    if not isinstance(rejected_name, (str, type(None))):
+        return None
+    return Note(progress, rejected_lines, rejected_name)
 
 
 class StateFile:
@@ -382,23 +413,20 @@ class StateFile:
 
     Behind the first line stands a note for each answered batch. With it a client goes on where the
     one before was, and loses no rejected line. Notes are not made durable at once: what a power
-    cut takes is sent again, and rejected again.
-
-    The last line tells where the rejected lines of a complete delivery are. From then on their
-    file is the user's, who may mend it, send it and remove it.
+    cut takes is sent again, and rejected again. The last note of a complete delivery with rejected
+    lines names the file that gets them, see collect_rejected_lines().
 
     The file is changed only under its lock and only through the descriptor that is locked, so
     that nobody's delivery is touched by name.
 
-    path         of the file
-    producer_id  of the delivery, once begin() or resume() has returned
-    progress     of the last note
-    published    path of the file that was given the rejected lines, or None before that
-    _source      path of the source file
-    _fd          the descriptor, which holds the lock; it has one position, so that only one
-                 reader may use it at a time
-    _end         the length of all that is whole, in bytes. The next note is written there: every
-                 write appends, and what a failed one left is cut off
+    path           of the file
+    producer_id    of the delivery, once load() has found or begin() has made one
+    progress       of the last note
+    rejected_path  path of the file of rejected lines, once it is named here; None before
+    _source        path of the source file
+    _fd            the descriptor, which holds the lock; it has one position, so that only one
+                   reader may use it at a time
+    _end           where the last whole line ends, in bytes; the next one is written there
     """
 
     def __init__(self, source):
@@ -410,7 +438,7 @@ class StateFile:
         self.path = source + ".delivery"
         self.producer_id = None
         self.progress = Progress()
-        self.published = None
+        self.rejected_path = None
         self._end = 0
         self._fd = self._lock()
 
@@ -430,9 +458,12 @@ class StateFile:
                 return fd
             os.close(fd)
 
-    def read(self):
-        """Return the Content whose delivery is unfinished, or None if nothing was sent yet; raise
-        Failure if neither can be told."""
+    def load(self):
+        """Learn the state of the unfinished delivery, and return the Content that it is of, or None
+        if nothing was sent yet. Raise Failure if neither can be told.
+
+        The Content has whatever values the file has: it is only compared with the true one.
+        """
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             line = file.readline(MAX_NOTE_BYTES)
@@ -444,71 +475,50 @@ class StateFile:
             raise Failure(f"{self.path} cannot be understood. {RESTART_ADVICE}")
         self.producer_id = producer_id
         self._end = len(line)
-        for note in self.notes():
+        for note, end in self._read_notes():
             self.progress = note.progress
-            self._end += note.size
-        self._read_published()
+            self._end = end
+            if note.rejected_name:
+                self.rejected_path = os.path.join(os.path.dirname(self.path), note.rejected_name)
         return Content(state.get("size"), state.get("sha256"))
 
     @staticmethod
     def _was_never_sent(line):
         """Tell whether the first line is missing or was not written to its end. Nothing was sent
         then."""
-        # An earlier version wrote a whole object without a line end.
+        # Only a client of an earlier version wrote a whole object without a line end.
         if line.endswith(b"\n") or decode_object(line) is not None:
             return False
         written = line.rstrip(b"\0")  # a power cut can leave these
         # Part of a first line, or nothing. Any other text is somebody's, and is not overwritten.
         return written.startswith(STATE_BEGINNING) or STATE_BEGINNING.startswith(written)
 
-    def _read_published(self):
-        """Read the line behind the notes, if it is there and whole."""
-        with open(self._fd, "rb", closefd=False) as file:
-            file.seek(self._end)
-            line = file.readline(MAX_NOTE_BYTES)
-        path = (decode_object(line) or {}).get("rejectedLinesIn")
-        if isinstance(path, str) and line.endswith(b"\n"):
-            self.published = path
-            self._end += len(line)
+    def rejected_lines(self):
+        """Yield the rejected lines of all notes."""
+        for note, _ in self._read_notes():
+            yield from note.rejected_lines
 
-    def notes(self):
-        """Yield each Note, up to the first that is not whole."""
+    def _read_notes(self):
+        """Yield each Note and where it ends in the file, up to the first that is not whole."""
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
-            file.readline(MAX_NOTE_BYTES)
+            end = len(file.readline(MAX_NOTE_BYTES))
             before = Progress()
             while True:
-                note = self._decode_note(file.readline(MAX_NOTE_BYTES), before)
+                line = file.readline(MAX_NOTE_BYTES)
+                note = decode_note(line, before)
                 if note is None:
                     return
-                yield note
+                end += len(line)
+                yield note, end
                 before = note.progress
-
-    @staticmethod
-    def _decode_note(line, before):
-        """Return the Note that line holds, or None if it is not whole or does not follow on the
-        progress before."""
-        note = decode_object(line)
-        if note is None or not line.endswith(b"\n"):
-            return None
-        try:
-            counts = [note[field] for field in Progress._fields]
-            rejected_lines = [text.encode("latin-1") for text in note["rejectedLines"]]
-        except (KeyError, TypeError, AttributeError, ValueError):
-            return None
-        if not all(is_count(count) for count in counts):
-            return None
-        progress = Progress(*counts)
-        if any(now < then for now, then in zip(progress, before)):
-            return None
-        if progress.rejected - before.rejected != len(rejected_lines):
-            return None
-        return Note(progress, rejected_lines, len(line))
 
     def is_complete(self, content):
         """Tell whether every line of the content is answered, and no rejected line is needed."""
-        if self.progress.rejected and not self.published:
-            return False
+        if self.progress.rejected:
+            path = self.rejected_path
+            if path is None or os.path.lexists(unfinished_path(path)):
+                return False
         return self.progress.offset == content.size
 
     def begin(self, content):
@@ -517,59 +527,58 @@ class StateFile:
         self.producer_id = secrets.token_urlsafe(16)
         self.progress = Progress()
         state = {"producerId": self.producer_id, **content._asdict()}
-        line = json.dumps(state).encode() + b"\n"
-        with naming(self.path):
-            os.ftruncate(self._fd, 0)
-            write_all(self._fd, line)
-        self._end = len(line)
-        self.sync()
+        self._end = 0
+        self._append(json.dumps(state).encode() + b"\n")
+        self._sync_with_name()
 
     def resume(self):
-        """Go on with the delivery that read() found: cut off a torn note, and return when the rest
-        is durable. (The client before may have been killed before that was done.) Raise OSError."""
+        """Go on with the delivery that load() found; return when it is durable. (The client before
+        may have been killed before that was done.) Raise OSError."""
         with naming(self.path):
-            os.ftruncate(self._fd, self._end)
-            if os.pread(self._fd, 1, self._end - 1) != b"\n":
-                write_all(self._fd, b"\n")
-                self._end += 1
-        self.sync()
+            last_byte = os.pread(self._fd, 1, self._end - 1)
+        if last_byte == b"\n":
+            self._append(b"")
+        else:
+            self._append(b"\n")
+        self._sync_with_name()
 
     def note(self, progress, rejected_lines):
         """Note that a batch was answered, and its rejected lines; raise OSError if they cannot be
         kept."""
-        texts = [line.decode("latin-1") for line in rejected_lines]  # any bytes are a text so
-        note = {**progress._asdict(), "rejectedLines": texts}
-        line = json.dumps(note).encode() + b"\n"
-        with naming(self.path):
-            try:
-                write_all(self._fd, line)
-                self._end += len(line)
-            except OSError:
-                os.ftruncate(self._fd, self._end)  # no note may stand behind a torn one
-                # A note's counts are totals: without rejected lines, the next one says all that
-                # this one would have said.
-                if rejected_lines:
-                    raise
+        try:
+            self._append(Note(progress, rejected_lines).encode())
+        except OSError:
+            # A note's counts are totals: without rejected lines, the next one says all that this
+            # one would have said.
+            if rejected_lines:
+                raise
         self.progress = progress
 
-    def note_published(self, path):
-        """Note that the file at path holds the rejected lines; return when that is durable, or
-        raise OSError."""
-        line = json.dumps({"rejectedLinesIn": path}).encode() + b"\n"
+    def note_rejected_path(self, path):
+        """Note which file, in this directory, gets the rejected lines; return when all notes are
+        durable, or raise OSError."""
+        self._append(Note(self.progress, [], os.path.basename(path)).encode())
         with naming(self.path):
-            write_all(self._fd, line)
             sync(self._fd)
-        self.published = path
+        self.rejected_path = path
 
-    def is_in_place(self):
-        """Tell whether the path still leads to this file."""
-        return leads_to(self.path, self._fd)
+    def _append(self, line):
+        """Write a line behind those that are whole, or raise OSError."""
+        with naming(self.path):
+            # No line may stand behind a torn one, which a failed write may have left.
+            os.ftruncate(self._fd, self._end)
+            write_all(self._fd, line)
+        self._end += len(line)
 
-    def sync(self):
+    def _sync_with_name(self):
         """Return when the file and its name are on the disk, or raise OSError."""
         with naming(self.path):
             sync(self._fd)
         sync_directory_of(self.path)
+
+    def is_in_place(self):
+        """Tell whether the path still leads to this file."""
+        return leads_to(self.path, self._fd)
 
     def forget(self):
         """End the delivery: the next client begins a new one. Raise OSError if it cannot be ended.
@@ -581,7 +590,7 @@ class StateFile:
             os.ftruncate(self._fd, 0)
         with contextlib.suppress(OSError):
             sync(self._fd)
-        # Somebody may have renamed the file, and another client may own one of this name.
+        # Somebody may have renamed the file, and another client may have made a new one.
         with contextlib.suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
@@ -631,7 +640,7 @@ class BatchSize:
 
     def __init__(self, lines):
         self.lines = lines
-        self.bytes = min(FIRST_BATCH_BYTES, BATCH_BYTES)  # tests make the second one smaller
+        self.bytes = FIRST_BATCH_BYTES
 
     def answered_after(self, seconds):
         """Let batches grow while answers come fast."""
@@ -716,7 +725,7 @@ class Source:
         one is longer than BATCH_BYTES."""
         lines = self._read(size.bytes).split(b"\n", size.lines)
         lines.pop()  # what is behind the last line end, or behind the last line that is allowed
-        if not lines:
+        if not lines:  # the first one is longer than size.bytes
             lines = self._read(BATCH_BYTES).split(b"\n", 1)
             lines.pop()
         return lines
@@ -813,8 +822,8 @@ class Addresses:
         self._worked = {}
 
     def connect(self, target, timeout, _source_address=None):
-        """Return a socket connected to target (host, port), or raise ConnectFailed. Its time-out
-        is the one for sending."""
+        """Return a socket connected to target (host, port), or raise ConnectFailed. All addresses
+        together have timeout seconds. The time-out of the socket is the one for sending."""
         host, port = target
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -866,21 +875,27 @@ class Connection(http.client.HTTPConnection):
 
     A server that refuses a request may answer as soon as it knows the headers, and close.
 
-    urllib makes it, in do_open(), and calls send() and getresponse() of this class. send() calls
-    connect() of http.client, which calls _create_connection: this is Addresses.connect(). With
-    TLS, connect() of http.client's HTTPSConnection also wraps the socket.
+    urllib makes a Connection for each request, in do_open(), and calls request(), which calls
+    send(), and then getresponse(). send() and getresponse() are ours; the others are http.client's.
 
-    timeout      for the answer, in seconds; also for connecting, where Addresses has shorter ones
-    _send_error  why the request could not be sent whole, or None
+    _create_connection  http.client's connect() calls it, as socket.create_connection is called,
+                        before it asks a proxy for a tunnel and before TLS begins. http.client does
+                        not document it: if a new Python drops it, the test
+                        test_the_reasons_of_all_addresses_are_said fails
+    _send_error         why the request could not be sent whole, or None
     """
 
     def __init__(self, host, addresses, **options):
         super().__init__(host, **options)
-        self._create_connection = addresses.connect  # the base class calls it
+        self._create_connection = addresses.connect
         self._send_error = None
 
     def send(self, data):
-        """Send bytes. Each part that the network takes has a time-out of its own."""
+        """Send bytes. Each part that the network takes has a time-out of its own.
+
+        After an error nothing more is sent: getresponse() returns the answer that may be there, or
+        raises that error.
+        """
         if self.sock is None:
             self.connect()
         unsent = memoryview(data)
@@ -918,7 +933,8 @@ class OpenHttp(urllib.request.HTTPHandler):
 if ssl:
 
     class TlsConnection(Connection, http.client.HTTPSConnection):
-        """A Connection through TLS."""
+        """A Connection through TLS: its send() and getresponse() are those of Connection, its
+        connect() is that of HTTPSConnection, which wraps the socket."""
 
     class OpenHttps(urllib.request.HTTPSHandler):
         """Opens https URLs through a TlsConnection."""
@@ -1143,28 +1159,26 @@ class Sender:
             raise Failure(words + advice) from error
 
     def _deliver_batch(self, batch, post):
-        """Return the errors of a batch's rejected lines by their numbers. What is too slow is sent
-        again in halves, in which every line keeps its event id."""
+        """Return the errors of a batch's rejected lines, {line number: error}. What is too slow is
+        sent again in halves, in which every line keeps its event id."""
         errors = {}
         parts = collections.deque([batch])
         while parts:
             part = parts.popleft()
             if not part.events:
                 continue
-            let_through = ()  # no class
-            if part.lines > 1:
-                let_through = TooSlow
+            attempt = functools.partial(post, part)
             try:
-                errors.update(self._retry(functools.partial(post, part), let_through))
+                errors |= self._retry(attempt, until_too_slow=part.lines > 1)
             except TooSlow:
                 self._size.timed_out()
                 first_half, second_half = part.halves()
                 parts.extendleft([second_half, first_half])
         return errors
 
-    def _retry(self, attempt, let_through=()):
+    def _retry(self, attempt, until_too_slow=False):
         """Return what attempt returns; while it raises Retry, repeat it with exponential backoff
-        and jitter. A Retry of a class to let through is raised after the pause."""
+        and jitter. With until_too_slow, TooSlow is raised after the pause, and not repeated."""
         backoff = FIRST_BACKOFF_SECONDS
         while True:
             try:
@@ -1176,7 +1190,7 @@ class Sender:
                 pause = max(random.uniform(backoff / 2, backoff), failure.pause)
                 if self._stopped.wait(min(pause, LONGEST_WAIT_SECONDS)):
                     raise Stopped from None
-                if isinstance(failure, let_through):
+                if until_too_slow and isinstance(failure, TooSlow):
                     raise
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
@@ -1191,8 +1205,8 @@ class Sender:
         return False
 
     def post_batch(self, batch):
-        """Send a batch once; return the errors of its rejected lines by their numbers, or raise
-        Retry or Failure. Each line must be accounted for."""
+        """Send a batch once; return the errors of its rejected lines, {line number: error}, or
+        raise Retry or Failure. Each line must be accounted for."""
         begun = time.monotonic()
         answer = self._post(batch, NDJSON, ())
         result = answer.json_object()
@@ -1223,8 +1237,8 @@ class Sender:
         return self._send_checked("POST", batch.body, headers, expected)
 
     def _send_checked(self, method, body, headers, expected):
-        """Send a request once; return an Answer of success or with an expected status, or raise
-        Retry or Failure."""
+        """Send a request once; return an Answer whose status is 2xx or expected, or raise Retry or
+        Failure."""
         answer = self._send_once(method, body, headers)
         status = answer.status
         if 200 <= status < 300 or status in expected:
@@ -1284,8 +1298,8 @@ def read_payload(response):
 
 
 def read_errors(result, batch):
-    """Return the errors in an answer to a batch by the number of their line in the file, or None
-    if it is no such answer.
+    """Return the errors in an answer to a batch, {line number in the file: error}, or None if it is
+    no such answer.
 
     Each rejected line must be one that is there, not blank, and named once.
     """
@@ -1313,18 +1327,13 @@ def read_errors(result, batch):
 # ---- The end of a delivery ----------------------------------------------------------------
 
 
-def rejected_path(path, producer_id):
-    """Return the name of the file that holds a delivery's rejected lines once it is complete."""
-    return f"{path}.rejected-{producer_id}"
-
-
 def unfinished_path(path):
-    """Return the name that the file of rejected lines has before it is complete."""
+    """Return the name that the file of rejected lines has before it gets its own."""
     return path + ".unfinished"
 
 
 def check_rejected_path(path):
-    """Raise Failure if the rejected lines of an unfinished delivery could not get this name."""
+    """Raise Failure unless the file of rejected lines can get this name."""
     try:
         os.lstat(unfinished_path(path))
     except FileNotFoundError:
@@ -1332,55 +1341,44 @@ def check_rejected_path(path):
     except OSError as error:
         words = f"The rejected lines cannot be kept in {path}: {words_of(error)}."
         raise Failure(f"{words} Give the file a name for which this is possible.") from error
-    # An earlier version of this client named the file so before it was complete.
     if os.path.lexists(path):
-        raise Failure(
-            f"{path} was left by an earlier version of client.py. Rename it, then run this "
-            "command again: the rejected lines are collected anew."
-        )
+        words = f"{path} is in the way: the rejected lines will get that name."
+        raise Failure(f"{words} Rename it, then run this command again.")
 
 
-def publish_rejected_lines(state, path):
-    """Write the rejected lines of a complete delivery to the file at path; raise Failure or
-    OSError.
+def collect_rejected_lines(state, path):
+    """Write the rejected lines of a complete delivery to the file that will be renamed to path,
+    and note that; return when both are durable, or raise OSError.
 
-    It gets its name when it is complete and durable. If it has it already, a client before was
-    ended just then: it is left as it is.
+    The note parts two times. Before it, a client that goes on writes the file anew. After it, a
+    client that goes on renames the file, if it is still there under its unfinished name. If it is
+    not, it is the user's, who may have mended, sent and removed it: it is never written again.
     """
     collected = unfinished_path(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(collected)  # a killed client's
-    if not os.path.isfile(path):
-        # First the notes. If a power cut took some of them and left the file under this name, the
-        # delivery would seem unfinished, and check_rejected_path() would refuse to go on.
-        state.sync()
-        fd = os.open(collected, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-        try:
-            with naming(collected):
-                for note in state.notes():
-                    for line in note.rejected_lines:
-                        write_all(fd, line + b"\n")
-                sync(fd)
-        finally:
-            os.close(fd)
-        rename_without_overwriting(collected, path)
-    sync_directory_of(path)
-
-
-def rename_without_overwriting(old, new):
-    """Rename a file, or raise Failure if there is one of the new name, or OSError."""
+    fd = os.open(collected, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
     try:
-        os.link(old, new)
-    except FileExistsError:
-        words = f"{new} is in the way. Rename it, then run this command again."
-        raise Failure(words) from None
-    except OSError:
-        # This file system has no hard links.
-        if os.path.lexists(new):
-            raise
-        os.rename(old, new)
-    else:
-        os.unlink(old)
+        with naming(collected):
+            for line in state.rejected_lines():
+                write_all(fd, line + b"\n")
+            sync(fd)
+    finally:
+        os.close(fd)
+    sync_directory_of(collected)
+    state.note_rejected_path(path)
+
+
+def publish_rejected_lines(path):
+    """Rename the collected lines to path; return False if an earlier run has done that. Raise
+    Failure or OSError."""
+    collected = unfinished_path(path)
+    is_collected = os.path.lexists(collected)
+    if is_collected:
+        check_rejected_path(path)
+        os.rename(collected, path)
+    sync_directory_of(path)
+    return is_collected
 
 
 def print_receipt(words):
@@ -1482,10 +1480,11 @@ def deliver_file(options):
     with contextlib.closing(Source(options.file, path)) as source:
         with contextlib.closing(StateFile(path)) as state:
             begin_or_resume(state, source, options.restart)
+            rejected_path = f"{path}.rejected-{state.producer_id}"
             if state.progress.offset < source.content.size:
-                check_rejected_path(rejected_path(path, state.producer_id))
+                check_rejected_path(rejected_path)
                 send(state, source, options)
-            return finish(state, source, path, begun)
+            return finish(state, source, rejected_path, begun)
 
 
 def begin_or_resume(state, source, restart):
@@ -1493,7 +1492,7 @@ def begin_or_resume(state, source, restart):
     OSError."""
     unfinished = None
     if not restart:
-        unfinished = state.read()
+        unfinished = state.load()
     source.measure(state.progress.offset)
     # Whoever renames a file renames its state file with it, and must have found both. From here
     # on, both are there.
@@ -1529,7 +1528,7 @@ def send(state, source, options):
             size.lines = 1
         batches = source.batches(state.progress.lines + 1, size)
         for batch, errors in sender.deliver(batches, post):
-            settle(state, source, batch, errors)
+            note_answer(state, source, batch, errors)
             if time.monotonic() - shown >= PROGRESS_SECONDS:
                 shown = time.monotonic()
                 percent = state.progress.offset / source.content.size
@@ -1542,7 +1541,7 @@ def send(state, source, options):
         sender.stop()
 
 
-def settle(state, source, batch, errors):
+def note_answer(state, source, batch, errors):
     """Note an answered batch, and report its rejected lines, given their errors by number."""
     before = state.progress
     progress = Progress(
@@ -1551,16 +1550,17 @@ def settle(state, source, batch, errors):
         accepted=before.accepted + batch.events - len(errors),
         rejected=before.rejected + len(errors),
     )
-    rejected = []
+    numbers = sorted(errors)
+    rejected_lines = []
     if errors:
         lines = batch.body.split(b"\n")
-        rejected = [lines[number - batch.first] for number in sorted(errors)]
-    state.note(progress, rejected)
-    for number in sorted(errors):
+        rejected_lines = [lines[number - batch.first] for number in numbers]
+    state.note(progress, rejected_lines)
+    for number in numbers:
         warn(f"{source.name}:{number}: {errors[number]}")
 
 
-def finish(state, source, path, begun):
+def finish(state, source, rejected_path, begun):
     """End a delivery whose lines are all answered; return the exit status, or raise Failure or
     OSError.
 
@@ -1584,13 +1584,13 @@ def finish(state, source, path, begun):
         )
     if progress.rejected:
         status = 1
-        if state.published:
-            warn(f"The rejected lines were put into {state.published} by an earlier run.")
+        if not state.rejected_path:
+            collect_rejected_lines(state, rejected_path)
+        if publish_rejected_lines(state.rejected_path):
+            words = f"The rejected lines are in {state.rejected_path};"
+            warn(f"{words} mend them, then send that file.")
         else:
-            public_path = rejected_path(path, state.producer_id)
-            publish_rejected_lines(state, public_path)
-            state.note_published(public_path)
-            warn(f"The rejected lines are in {public_path}; mend them, then send that file.")
+            warn(f"The rejected lines were put into {state.rejected_path} by an earlier run.")
     seconds = time.monotonic() - begun
     counts = f"{progress.accepted:,} events accepted, {progress.rejected:,} rejected"
     try:
@@ -1608,10 +1608,10 @@ def finish(state, source, path, begun):
 
 
 def in_words(error, name):
-    """Return the sentences for a Failure, or for an OSError, which is about the file of that name
-    unless it says about which."""
+    """Return the list of sentences for a Failure, or for an OSError, which is about the file of
+    that name unless it says about which."""
     if isinstance(error, Failure):
-        return error.args
+        return list(error.args)
     file = hide_password(str(error.filename or name))
     advice = "Give client.py a file that it can read, in a directory where it can write"
     return [f"{file}: {words_of(error)}. {advice}, then run this command again."]

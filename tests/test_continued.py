@@ -48,9 +48,7 @@ class Continued(ClientTest):
         patch = "client.CONCURRENT_REQUESTS = 1"
         with Recorder(options=[BATCHES], post=answer) as server:
             arguments = ("--batch-size", 2, *arguments)
-            ended, output, errors = self.run_client(
-                "--url", server.url, *arguments, patch=patch
-            )
+            ended, output, errors = self.run_client("--url", server.url, *arguments, patch=patch)
             self.assertEqual(ended, status, errors)
             for headers, _ in server.posts[:answered]:
                 sent.append(int(headers["Sequence"]))
@@ -99,16 +97,12 @@ class Continued(ClientTest):
     def test_a_note_beyond_the_end_of_the_file_is_refused(self):
         self.path("events.jsonl", (EVENT + b"\n") * 3)
         self.deliver(1)
-        self.state.write_bytes(
-            self.state.read_bytes().replace(b'"offset": ', b'"offset": 99')
-        )
+        self.state.write_bytes(self.state.read_bytes().replace(b'"offset": ', b'"offset": 99'))
         _, _, errors = self.deliver(9)
         self.assertIn("--restart", errors)
 
     def test_the_rejected_lines_of_all_clients_are_together_in_the_end(self):
-        self.path(
-            "events.jsonl", b"\xff\x00bad\r\n" + EVENT + b"\n\n" + EVENT + b"\nworse"
-        )
+        self.path("events.jsonl", b"\xff\x00bad\r\n" + EVENT + b"\n\n" + EVENT + b"\nworse")
         self.deliver(2)
         self.assertEqual(self.rejected_files(), [])
         _, output, errors = self.deliver(1)
@@ -141,29 +135,50 @@ class Continued(ClientTest):
                 self.assertFalse(self.state.exists())
                 collected.unlink(missing_ok=True)
 
-    def test_a_torn_line_about_the_rejected_lines_is_written_again(self):
-        self.path("events.jsonl", b"bad\n" + EVENT + b"\n")
-        with open("/dev/full", "w") as full:
-            with Recorder(options=[BATCHES], post=lambda _, body: answer_to(body)) as server:
-                self.run_client("--url", server.url, stdout=full)
-        lines = self.state.read_bytes()
-        self.assertIn(b'{"rejectedLinesIn": ', lines)
-        self.state.write_bytes(lines[:-1])
-        with open("/dev/full", "w") as full:
-            _, _, errors = self.run_client(stdout=full)
-        self.assertIn("The rejected lines are in", errors)
-        self.assertEqual(self.state.read_bytes(), lines)
-        self.assertEqual(self.rejected_files(), [b"bad\n"])
+    def test_the_file_of_rejected_lines_is_noted_with_all_that_was_answered(self):
+        self.path("events.jsonl", b"bad\n\n" + EVENT + b"\n")
+        append = client_module.StateFile._append
+        notes = []
 
-    def test_what_an_earlier_version_collected_is_not_taken_for_complete(self):
+        def append_no_second_note(state, line):
+            notes.append(line)
+            if len(notes) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(state, line)
+
+        with (
+            Recorder(options=[BATCHES], post=lambda _, body: answer_to(body)) as server,
+            mock.patch.object(client_module.StateFile, "_append", append_no_second_note),
+            captured(),
+            open("/dev/full", "w") as sys.stdout,
+        ):
+            arguments = ("--url", server.url, "--batch-size", 2)
+            self.assertEqual(self.run_here(self.path("events.jsonl"), *arguments), 1)
+        self.assertEqual(len(notes), 4)
+        sent, output, errors = self.deliver(0)
+        self.assertEqual(sent, [])
+        self.assertIn("by an earlier run", errors)
+        self.assertIn("1 events accepted, 1 rejected", output)
+
+    def test_a_file_that_is_in_the_way_of_rejected_lines_is_not_overwritten(self):
         self.path("events.jsonl", b"bad\n" + EVENT)
         producer_id = self.interrupted()
-        left = self.path(f"events.jsonl.rejected-{producer_id}", b"ba")
+        other = self.path(f"events.jsonl.rejected-{producer_id}", b"ba")
         sent, _, errors = self.deliver(9)
-        self.assertEqual((sent, left.read_bytes()), ([], b"ba"))
-        self.assertIn(f"{left} was left by an earlier version", errors)
-        left.unlink()
-        self.deliver(9)
+        self.assertEqual((sent, other.read_bytes()), ([], b"ba"))
+        self.assertIn(f"{other} is in the way", errors)
+        other.unlink()
+
+        def answer(_number, body):
+            other.write_bytes(b"ba")
+            return answer_to(body)
+
+        with Recorder(options=[BATCHES], post=answer) as server:
+            _, errors = self.client("--url", server.url, status=1)
+        self.assertEqual(other.read_bytes(), b"ba")
+        self.assertIn(f"{other} is in the way", errors)
+        other.rename(self.path("other"))
+        self.assertEqual(self.deliver(9)[0], [])
         self.assertEqual(self.rejected_files(), [b"bad\n"])
 
     def test_a_name_too_long_for_rejected_lines_is_said_before_a_request(self):
@@ -186,19 +201,6 @@ class Continued(ClientTest):
         self.deliver(9)
         self.assertEqual((self.rejected_files(), left.exists()), ([b"bad\n"], False))
 
-    def test_without_hard_links_rejected_lines_get_their_name_too(self):
-        self.path("events.jsonl", b"bad\n")
-        patch = (
-            "import errno\n"
-            "def link(old, new): raise OSError(errno.EPERM, 'no links here')\n"
-            "client.os.link = link"
-        )
-        with Recorder(
-            options=[BATCHES], post=lambda _, body: answer_to(body)
-        ) as server:
-            self.assertEqual(self.run_client("--url", server.url, patch=patch)[0], 1)
-        self.assertEqual(self.rejected_files(), [b"bad\n"])
-
     def test_a_receipt_that_could_not_be_printed_is_printed_later(self):
         self.path("events.jsonl", EVENT + b"\n")
         receiver, broken = os.pipe()
@@ -211,9 +213,7 @@ class Continued(ClientTest):
             ):
                 with self.subTest(case):
                     before = len(ids_in(server.log))
-                    ended, _, errors = self.run_client(
-                        "--url", server.url, stdout=stdout
-                    )
+                    ended, _, errors = self.run_client("--url", server.url, stdout=stdout)
                     self.assertEqual((ended, self.state.exists()), (1, True))
                     self.assertIn(f"the receipt cannot be printed: {words}", errors)
                     nowhere = f"http://localhost:{free_port()}/"
@@ -264,9 +264,7 @@ class NoRoom(ClientTest):
         self.assertEqual(status, 0, printed)
         self.assertIn("9 events accepted", printed)
 
-    def test_rejected_lines_that_cannot_be_kept_stop_the_client_until_there_is_room(
-        self,
-    ):
+    def test_rejected_lines_that_cannot_be_kept_stop_the_client_until_there_is_room(self):
         self.path("events.jsonl", (EVENT + b"\n") * 4 + b"bad\n")
         status, printed = self.deliver_without_room(20)
         self.assertEqual((status, self.rejected_files()), (1, []))
@@ -280,7 +278,7 @@ class NoRoom(ClientTest):
 class DeliveryCalls(FaultyCalls):
     """The system calls of a client, with (device, inode) of the files that it synced."""
 
-    CALLS = [*FaultyCalls.CALLS, "link"]
+    CALLS = [*FaultyCalls.CALLS, "rename"]
 
     def __init__(self, fault, at):
         """Look at the calls of a client, one of which goes wrong."""
@@ -349,9 +347,7 @@ class KilledAnywhere(ClientTest):
 
         status = run_in_child(run)
         self.assertNotEqual(status, self.NOT_SAFE, "sent before .delivery was safe")
-        self.assertIn(
-            status, (0, 1, FaultyCalls.KILLED, self.NOT_FIRED), "an exception"
-        )
+        self.assertIn(status, (0, 1, FaultyCalls.KILLED, self.NOT_FIRED), "an exception")
         if status == self.NOT_FIRED:
             return None
         return status
@@ -378,9 +374,7 @@ class KilledAnywhere(ClientTest):
 
     def assertSentOnce(self):
         """Check that every line was sent under one id, and that the bad one was collected once."""
-        entries = {
-            tuple(line.split(" ", 2)) for line in self.sent.read_text().splitlines()
-        }
+        entries = {tuple(line.split(" ", 2)) for line in self.sent.read_text().splitlines()}
         texts = sorted(text for _, _, text in entries)
         good = sorted(line for line in self.LINES.decode().splitlines() if "{" in line)
         self.assertEqual(texts, good)
@@ -402,6 +396,25 @@ class KilledAnywhere(ClientTest):
             if fault in FaultyCalls.WRITE_FAULTS:
                 least = 4
             self.assertGreater(at, least, f"{fault} was not injected")
+
+    def test_rejected_lines_that_the_user_removed_never_come_back(self):
+        unfinished = 0
+        for fault, at in itertools.product(("killed before", "killed after"), range(1, 100)):
+            if self.begin_with(fault, at) is None:
+                continue
+            published = list(self.directory.glob("events.jsonl.rejected-*[!d]"))
+            for path in published:
+                path.unlink()
+            if not self.is_unfinished():
+                continue
+            with self.subTest(fault=fault, call=at):
+                unfinished += len(published)
+                self.assertEqual(self.deliver_with(), 1)
+                expected = [b"bad\n"]
+                if published:
+                    expected = []
+                self.assertEqual(self.rejected_files(), expected)
+        self.assertGreater(unfinished, 5, "no kill came between the file and the end")
 
     def test_a_file_that_changed_after_a_kill_is_sent_once_or_refused(self):
         other = b'{"line": 9}\nbad\n'
@@ -428,9 +441,7 @@ class KilledAnywhere(ClientTest):
                     sent = self.sent.read_text().splitlines()
                     texts = sorted(line.split(" ", 2)[2] for line in sent)
                     lines = self.path("events.jsonl").read_text().splitlines()
-                    self.assertEqual(
-                        texts, sorted(line for line in lines if "{" in line)
-                    )
+                    self.assertEqual(texts, sorted(line for line in lines if "{" in line))
             self.assertGreater(at, 20, "the kills were not injected")
 
     def test_what_must_survive_a_power_cut_is_synced_before_it_is_relied_on(self):
@@ -440,18 +451,20 @@ class KilledAnywhere(ClientTest):
             steps.append("request")
             return answer_to(body)
 
-        def link(old, new):
-            steps.append("link")
-            os.rename(old, new)
+        rename = os.rename
+
+        def traced_rename(old, new):
+            steps.append("rename")
+            rename(old, new)
 
         def ftruncate(fd, length):
-            steps.append("empty")
+            steps.append("cut")
             os.truncate(fd, length)
 
         self.path("events.jsonl", EVENT + b"\nbad\n")
         calls = {
             "fsync": traced_fsync(self, steps),
-            "link": link,
+            "rename": traced_rename,
             "ftruncate": ftruncate,
         }
         calls["unlink"] = lambda path: None
@@ -461,14 +474,15 @@ class KilledAnywhere(ClientTest):
             mock.patch.multiple(os, **calls),
         ):
             self.assertEqual(self.run_here(self.path("events.jsonl"), "--url", server.url), 1)
-        begun = ["empty", "sync file", "sync directory"]
-        notes = ["sync file", "sync directory"]
-        rejected_lines = ["sync file", "link", "sync directory", "sync file"]
+        begun = ["cut", "sync file", "sync directory"]
+        note = ["cut"]
+        collected = ["sync file", "sync directory"]
+        last_note = ["cut", "sync file"]
+        published = ["rename", "sync directory"]
         receipt = ["sync file"]
-        end = ["empty", "sync file", "sync directory"]
-        self.assertEqual(
-            steps, [*begun, "request", *notes, *rejected_lines, *receipt, *end]
-        )
+        end = ["cut", "sync file", "sync directory"]
+        expected = [*begun, "request", *note, *collected, *last_note, *published, *receipt, *end]
+        self.assertEqual(steps, expected)
 
 
 def http_answer(status, headers, body):

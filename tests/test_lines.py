@@ -89,6 +89,7 @@ class Lines(ClientTest):
 
     def test_batches_are_the_lines_of_the_file(self):
         chance = random.Random(5)
+        sizes = {"BATCH_BYTES": 64, "FIRST_BATCH_BYTES": 64}
         for _ in range(300):
             lines = chance.choices(self.ODD_LINES, k=chance.randrange(60))
             text = b"\n".join(lines) + chance.choice([b"", b"\n"])
@@ -96,7 +97,7 @@ class Lines(ClientTest):
             size = chance.choice([1, 2, 5, 100])
             reading = chance.choice([1, 7, 64, 1000])
             with (
-                unittest.mock.patch.multiple(client_module, BATCH_BYTES=64, READ_BYTES=reading),
+                unittest.mock.patch.multiple(client_module, **sizes, READ_BYTES=reading),
                 opened_delivery(events, restart=True) as (source, _),
             ):
                 batches = list(source.batches(1, client_module.BatchSize(size)))
