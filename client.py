@@ -755,7 +755,8 @@ class Source:
         such. The whole line is never in memory."""
         mark = b"..."
         data = self._read(BATCH_BYTES)
-        beginning = data[: BATCH_BYTES - len(mark) - 1] + mark
+        line, _, _ = data.partition(b"\n")  # the file may have changed since it had none there
+        beginning = line[: BATCH_BYTES - len(mark) - 1] + mark
         while b"\n" not in data:
             self._pass_over(data)
             data = self._read(READ_BYTES)
