@@ -1,6 +1,6 @@
 """Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit."""
 # One transaction adds revenue and the ids of the events that it came from: apply_chunk and
-# count_once are that transaction, and the place to start reading.
+# count_once, in the section "Exactly once", are that transaction, and the place to start reading.
 #
 #   event id  a producer id and a sequence number; the server stamps every line with one
 #   span      lines that follow each other and have consecutive event ids of one producer
@@ -9,12 +9,12 @@
 #   slice     whole lines of a chunk, which one child process tallies; it is read in blocks
 #   tally     what a slice holds: its sums, its spans and its bad lines
 #
-# The parts in order: settings; what server.py uses, too (printing, an event, the file of a log,
-# the connection to PostgreSQL); reading a log; the tally of a slice; exactly once; the tables;
-# applying logs; the modes (run, follow, verify); the command line.
+# The parts in order: settings; failures; what server.py uses, too (printing, an event, the file of
+# a log, the connection to PostgreSQL); reading a log; the tally of a slice; exactly once; the
+# tables; applying logs; the modes (run, follow, verify); the command line.
 #
-# multiprocessing, pickle and tempfile are imported where they are needed, which takes 15 ms: most
-# runs of a processor that is started every minute find nothing new.
+# multiprocessing, pickle and tempfile are imported where they are needed, because that takes 15 ms:
+# most runs of a processor that is started every minute find nothing new.
 import argparse
 import bisect
 import collections
@@ -85,7 +85,8 @@ SLICE_BYTES = 2 * 1024 * 1024
 SHRINK = 4
 SMALLEST_CHUNK_BYTES = 64 * 1024
 # Estimated memory of what the children of one chunk send to the parent. A child stops early at
-# its share. The parent needs a few times that memory.
+# its share. The parent needs about four times that memory, because the same sums are in the text
+# that a child sent, in the tally, in the SQL statement and in the driver's buffer.
 KEPT_BYTES = 24 * 1024 * 1024
 # In that estimate: a span or a rejected line, and the sum of a user besides the user id.
 SPAN_BYTES = 100
@@ -98,8 +99,9 @@ READ_SECONDS = 15
 # A child that sends nothing for so long stands still, and is given up.
 SILENT_CHILD_SECONDS = 30
 # PostgreSQL ends a transaction that is idle for so long: a processor that vanished or stands
-# still releases its locks. It is longer than both tallies of a chunk: the first takes
-# READ_SECONDS and a little, and the second, of a part of its events, about as long.
+# still releases its locks. It is longer than both tallies of a chunk together: the first takes
+# READ_SECONDS and a little. The second reads the same lines, has no deadline of its own, and takes
+# about as long.
 IDLE_SECONDS = 60
 # A lock that somebody else holds, on a log or on rows, is waited for in steps of so long.
 LOCK_SECONDS = 10
@@ -129,8 +131,44 @@ EXACT = decimal.Context(
 )
 
 
+# ---- Failures -----------------------------------------------------------------------------
+
+
 class Failure(Exception):
     """Something in the user's world that ends the work: what is wrong and what to do."""
+
+
+class ChildDied(Failure):
+    """A child process ended or stood still before it gave its result."""
+
+
+class Silent(Failure):
+    """PostgreSQL, or what lies between, stands still."""
+
+
+class Locked(Failure):
+    """Somebody else holds a lock for longer than LOCK_SECONDS."""
+
+
+class Disturbed(Failure):
+    """Somebody deleted rows that were about to be locked."""
+
+    def __init__(self, table):
+        super().__init__(f"Somebody deletes rows of {table}; the transaction was rolled back.")
+
+
+class Refused(Failure):
+    """PostgreSQL refuses what one log holds: a CHECK, a foreign key, no partition, a trigger."""
+
+
+class SyncFailed(Exception):
+    """A log could not be synced. It ends every mode: a second sync could lie."""
+
+
+# What may come from the size of a chunk.
+TOO_MUCH = (ChildDied, Silent, MemoryError, psycopg2.errors.QueryCanceled)
+# What ends with a transaction or a connection, so that another attempt may succeed.
+PASSING = (*TOO_MUCH, Locked, Disturbed, psycopg2.OperationalError, psycopg2.InterfaceError)
 
 
 # ---- What server.py uses, too -------------------------------------------------------------
@@ -171,7 +209,7 @@ def write_without_waiting(fd, data, patience):
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         own_fd = os.open(f"/dev/fd/{fd}", flags)
-    except OSError:  # a socket, or somebody else's pipe: when it is ready, it takes so much
+    except OSError:  # a socket, or somebody else's pipe: one that is ready takes so much
         return os.write(fd, data[:512])
     try:
         if os.get_blocking(own_fd):  # macOS gives the same one once more
@@ -258,14 +296,16 @@ class Troubles:
 # ---- An event
 
 # The grammar: an event as everyone prints it, with these fields in this order, without escapes,
-# and with one space or none behind ":" and ",". A line outside of it is not wrong yet:
-# decode_event and amount_of decide, and say why. (Possessive quantifiers like *+ give nothing
-# back, so that hostile input takes linear time.)
+# and with one space or none behind ":" and ",". It ends before the "}", where a log has the stamp.
+# A line outside of it is not wrong yet: decode_event and amount_of decide, and say why. So the
+# user id may be limited in bytes here, although its limit is in characters. (Possessive
+# quantifiers like *+ give nothing back, so that hostile input takes linear time.)
 EVENT = (
     rb'\{"userId": ?"([^"\\\x00-\x1f]{1,255}+)", ?"name": ?"(add|subtract)_revenue", ?'
     rb'"value": ?(-?(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,18}+)?)'
 )
-# The first line of a log has the field log, too: see add_log_field in server.py.
+# What the server adds to an event. The first line of a log has the field log, too: see
+# add_log_field in server.py. (STAMP below is the stamp of every other line.)
 STAMP_AT_END = re.compile(
     rb'(?:, "log": "[0-9a-f]+")?, "producerId": "[^"]+", "sequence": [0-9]+\}$'
 )
@@ -319,7 +359,7 @@ def decode_event(line):
         event = _decode_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
-    except (ValueError, ArithmeticError):
+    except (ValueError, ArithmeticError):  # the latter from Decimal, for a huge exponent
         raise ValueError("a number is out of range, NaN or Infinity") from None
     check(type(event) is dict, "an event must be a JSON object")
     return event
@@ -352,7 +392,7 @@ def amount_of(event):
     value = event.get("value")
     check(type(value) in (int, Decimal), "value must be a number")
     value = Decimal(value)
-    # As it is written: 0e18 is zero, but is written with 19 digits.
+    # A number counts as it is written: 0e18 is zero, but adjusted() gives 18, as for 1e18.
     check(
         value.adjusted() < VALUE_DIGITS,
         "value must be a number below 10^18, written with at most 18 digits before the point",
@@ -487,12 +527,12 @@ def decode_log_line(line):
     user = json.dumps(event["userId"], ensure_ascii=False)[1:-1].encode()
     producer = event.get("producerId")
     sequence = event.get("sequence")
-    # amount has the sign of a subtraction already.
+    kind = b"add"  # also for a subtraction, whose amount has its sign already
     if sequence is None:
         check_reserved(event)  # a part of a stamp is no stamp
-        return LogLine(user, b"add", amount, b"", b"", b"")
+        return LogLine(user, kind, amount, b"", b"", b"")
     check_id(producer, sequence)
-    return LogLine(user, b"add", amount, producer.encode(), b"%d" % sequence, b"")
+    return LogLine(user, kind, amount, producer.encode(), b"%d" % sequence, b"")
 
 
 # ---- The machine
@@ -518,8 +558,8 @@ def connect(**parameters):
     names_database = bool(url)
     for variable in ("PGHOST", "PGHOSTADDR", "PGUSER", "PGDATABASE", "PGSERVICE"):
         names_database = names_database or bool(os.environ.get(variable))
-    # From the weakest to the strongest. A host that vanished is noticed after a minute; by default
-    # it takes two hours.
+    # What is chosen later replaces what was chosen before: first what we prefer to libpq's own
+    # values. (A host that vanished is noticed after a minute, instead of two hours.)
     chosen = {
         "fallback_application_name": os.path.basename(sys.argv[0]),
         "keepalives_idle": 30,
@@ -534,7 +574,7 @@ def connect(**parameters):
             chosen["password"] = "password1!"
     chosen.update(parameters)
     if os.environ.get("PGCONNECT_TIMEOUT"):
-        chosen.pop("connect_timeout", None)
+        chosen.pop("connect_timeout", None)  # libpq itself takes the variable then
     chosen.update(parse_database_url(url))
     chosen["client_encoding"] = "UTF8"
     return psycopg2.connect(**chosen)
@@ -545,7 +585,8 @@ def parse_database_url(url):
     is malformed, any part of it may be a part of the password."""
     with contextlib.suppress(psycopg2.ProgrammingError):
         parts = psycopg2.extensions.parse_dsn(url)
-        # libpq would take an unescaped @ / or : of a password for a host or a port, and print it.
+        # libpq would take an unescaped @ / or : of a password for a host or a port, and print it:
+        # in postgresql://user:pass@word@host it finds the host word@host.
         is_url = "://" in url
         one_at = re.fullmatch("postgres(ql)?://([^@/]*@)?[^@]*", url)
         ports = re.fullmatch("[0-9,]*", parts.get("port", ""))
@@ -758,16 +799,17 @@ class LogReader:
         return [(low, high) for low, high in itertools.pairwise(cuts) if low < high]
 
     def next_line(self, offset):
-        """Return the offset itself if a line begins there, else where the next one begins, or
-        end."""
-        while offset < self.end:
-            data = self.read(offset - 1, BLOCK_BYTES)  # the LF before it tells that a line begins
+        """Return the offset itself, which is not 0, if a line begins there, else where the next one
+        begins, or end."""
+        before = offset - 1  # an LF there tells that a line begins at offset
+        while before + 1 < self.end:
+            data = self.read(before, BLOCK_BYTES)
             newline = data.find(b"\n")
             if newline >= 0:
-                return min(offset + newline, self.end)
+                return min(before + newline + 1, self.end)
             if not data:
                 break  # the file was truncated
-            offset += len(data)
+            before += len(data)
         return self.end
 
     def blocks(self, start, end):
@@ -786,6 +828,8 @@ class LogReader:
             start = block.end
 
     def _whole_lines(self, start, data):
+        """Return the Block of the whole lines at the beginning of data, which was read at offset
+        start; see blocks()."""
         end = start + len(data)
         newline = data.rfind(b"\n")
         if end == self.end and newline < len(data) - 1:
@@ -797,10 +841,6 @@ class LogReader:
         return Block(start, data + b"...\n", end, self.before(end))
 
 
-class SyncFailed(Exception):
-    """A log could not be synced. The run ends: a second sync could lie."""
-
-
 # ---- The tally of a slice -----------------------------------------------------------------
 
 NO_ID = (
@@ -808,10 +848,11 @@ NO_ID = (
     "whether it was counted cannot be known (rename the file to a name that is no log's, and "
     "send what is new in it with python client.py FILE)"
 )
-# What is done with an event without an id: only the recorded position tells whether it counted.
-COUNT = "count"  # it lies behind the position: it did not
-PASS_OVER = "pass over"  # it lies before the position: it did
-REJECT = "reject"  # the log was changed, so that the position tells nothing
+# What is done with an event without an id: only the position that is recorded of its log tells
+# whether it was counted (see RecordedPosition).
+COUNT = "count"  # it lies behind the position: it was not
+PASS_OVER = "pass over"  # it lies before the position: it was
+REJECT = "reject"  # the log was changed before its position, which tells nothing then
 
 
 class Slice(NamedTuple):
@@ -853,20 +894,32 @@ class Tally(NamedTuple):
     digest: bytes  # the SHA-256 of the up to DIGEST_BYTES before end
 
 
-class BlockRows(NamedTuple):
+class Columns(NamedTuple):
+    """Lines of a log as columns, each a list with one field of LogLine of all these lines: this is
+    much faster than a LogLine for each of them."""
+
+    users: list
+    kinds: list
+    amounts: list
+    producers: list
+    sequences: list
+    others: list
+
+
+class BlockEvents(NamedTuple):
     """The lines of a block that are events."""
 
     numbers: list  # of these lines in the block, from 0
-    rows: list  # tuples with the fields of LogLine
-    rejected: list
+    columns: Columns
+    rejected: list  # of the other lines
     no_id_rejected: int
 
 
 def tally_slice(log, part, marks=None):
     """Return the Tally of a Slice of log; raise OSError.
 
-    With marks, a byte for each line of the slice, its sums hold only the events whose line is
-    marked with 1; all else is of the whole slice.
+    With marks, a byte for each line of the slice (see mark_lines), its sums hold only the events
+    whose line is marked with 1; all else is of the whole slice.
     """
     deadline = time.monotonic() + READ_SECONDS
     sums = {}
@@ -876,16 +929,19 @@ def tally_slice(log, part, marks=None):
     before_end = log.before(part.start)
     lines = events = no_id_rejected = user_bytes = 0
     for block in log.blocks(part.start, part.end):
-        found = read_rows(block, part.no_id_rule)
+        found = read_events(block, part.no_id_rule)
         add_spans(spans, found, lines)
+        columns = found.columns
+        if marks is not None:
+            columns = marked_columns(found, marks, lines)
         known_users = len(sums)
-        add_amounts(sums, marked_rows(found, marks, lines))
+        add_amounts(sums, columns)
         # A dict keeps its order: the new users are its last ones.
         new_users = itertools.islice(reversed(sums), len(sums) - known_users)
         user_bytes += sum(map(len, new_users))
         rejected += found.rejected
         no_id_rejected += found.no_id_rejected
-        events += len(found.rows)
+        events += len(found.numbers)
         lines += block.lines.count(b"\n")
         end = block.end
         before_end = (before_end + block.raw)[-DIGEST_BYTES:]
@@ -899,100 +955,105 @@ def tally_slice(log, part, marks=None):
     return Tally(part, end, lines, events, no_id_rejected, spans, rejected, text, digest)
 
 
-def read_rows(block, no_id_rule):
-    """Return the BlockRows of a Block. A blank line is no event and no error.
-
-    Its rows are tuples with the fields user, kind, amount, producer, sequence and other: making a
-    LogLine of each would cost a tenth of the time.
-    """
-    if is_utf8(block.lines):
-        rows = LOG_LINE.findall(block.lines)
-    else:
+def read_events(block, no_id_rule):
+    """Return the BlockEvents of a Block. A blank line is no event and no error."""
+    if not is_utf8(block.lines):
         lines = block.lines.split(b"\n")[:-1]
         rows = [LogLine(b"", b"", b"", b"", b"", line) for line in lines]
+        return read_each_line(block, rows, no_id_rule)
+    rows = LOG_LINE.findall(block.lines)
+    columns = as_columns(rows)
+    # A line outside of the grammar has neither a user nor a producer here.
     if no_id_rule == COUNT:
-        plain = all([user for user, _, _, _, _, _ in rows])
+        all_are_events = all(columns.users)
     else:
-        plain = all([producer for _, _, _, producer, _, _ in rows])
-    if plain:
-        return BlockRows(range(len(rows)), rows, [], 0)
-    return read_odd_rows(block, rows, no_id_rule)
+        all_are_events = all(columns.producers)  # one without an id needs a closer look, too
+    if all_are_events:
+        return BlockEvents(range(len(rows)), columns, [], 0)
+    return read_each_line(block, rows, no_id_rule)
 
 
-def read_odd_rows(block, rows, no_id_rule):
-    """Return the BlockRows of a Block in which not every line is as everyone prints it."""
-    found = BlockRows([], [], [], 0)
+def as_columns(rows):
+    """Return rows, which are LogLines or tuples with the same fields, as Columns."""
+    if not rows:
+        return Columns([], [], [], [], [], [])
+    return Columns._make(zip(*rows))
+
+
+def read_each_line(block, rows, no_id_rule):
+    """Return the BlockEvents of a Block, whose lines LOG_LINE has made rows, one by one."""
+    numbers = []
+    events = []
+    rejected = []
     no_id_rejected = 0
     offset = block.start
     lines = block.lines.split(b"\n")
     for number, (line, row) in enumerate(zip(lines, rows)):
         try:
-            row = LogLine._make(row)
-            if row.other.strip():
-                row = decode_log_line(row.other)
-            if row.producer or (row.user and no_id_rule == COUNT):
-                found.numbers.append(number)
-                found.rows.append(row)
-            # With PASS_OVER an event without an id is left out: it was counted.
-            elif row.user and no_id_rule == REJECT:
+            event = LogLine._make(row)
+            if event.other.strip():
+                event = decode_log_line(event.other)
+            is_blank = not event.user
+            has_id = bool(event.producer)
+            if has_id or (no_id_rule == COUNT and not is_blank):
+                numbers.append(number)
+                events.append(event)
+            elif no_id_rule == REJECT and not is_blank:
                 no_id_rejected += 1
-                found.rejected.append(Rejected(offset, NO_ID))
+                rejected.append(Rejected(offset, NO_ID))
+            # Others are left out: blank lines and, with PASS_OVER, events without an id.
         except ValueError as error:  # only its words are kept: it drags its frames along
-            found.rejected.append(Rejected(offset, str(error)))
+            rejected.append(Rejected(offset, str(error)))
         offset += len(line) + 1
-    return found._replace(no_id_rejected=no_id_rejected)
+    return BlockEvents(numbers, as_columns(events), rejected, no_id_rejected)
 
 
 def add_spans(spans, found, lines):
-    """Add the event ids of found, the BlockRows that follow so many lines of a slice, to spans,
-    which end with their block.
+    """Add the event ids of found, the BlockEvents that follow so many lines of a slice, to spans.
+    A span ends with its block at the latest.
 
     An event without an id takes the number of its line for a sequence.
     """
     producer = None  # of the span that is being extended, as are the next three
     first = 0
     end = 0
-    line = 0
-    for number, (_, _, _, row_producer, row_sequence, _) in zip(found.numbers, found.rows):
-        if row_producer:
-            sequence = int(row_sequence)
+    first_number = 0  # of its first line in the block
+    ids = zip(found.numbers, found.columns.producers, found.columns.sequences)
+    for number, line_producer, line_sequence in ids:
+        if line_producer:
+            sequence = int(line_sequence)
         else:
             sequence = lines + number
         # The next id on the next line extends the span.
-        if row_producer == producer and sequence == end and number - line == end - first:
+        is_next_line = number - first_number == end - first
+        if is_next_line and sequence == end and line_producer == producer:
             end += 1
             continue
         if producer is not None:
-            spans.append(Span(producer.decode(), first, end, lines + line))
-        producer = row_producer
+            spans.append(Span(producer.decode(), first, end, lines + first_number))
+        producer = line_producer
         first = sequence
         end = sequence + 1
-        line = number
+        first_number = number
     if producer is not None:
-        spans.append(Span(producer.decode(), first, end, lines + line))
+        spans.append(Span(producer.decode(), first, end, lines + first_number))
 
 
-def marked_rows(found, marks, lines):
-    """Return the rows of found, the BlockRows that follow so many lines of a slice, that are
-    marked; all of them without marks."""
-    if marks is None:
-        return found.rows
-    rows = []
-    for number, row in zip(found.numbers, found.rows):
-        if marks[lines + number]:
-            rows.append(row)
-    return rows
+def marked_columns(found, marks, lines):
+    """Return the Columns of those of found, the BlockEvents that follow so many lines of a slice,
+    that are marked."""
+    is_marked = [marks[lines + number] for number in found.numbers]
+    return Columns._make(list(itertools.compress(column, is_marked)) for column in found.columns)
 
 
-def add_amounts(sums, rows):
-    """Add the amounts of rows exactly to sums, {user as JSON writes it: amount}."""
-    texts = [amount for _, _, amount, _, _, _ in rows]
+def add_amounts(sums, columns):
+    """Add the amounts of Columns to sums, {user as JSON writes it: int or Decimal}, exactly."""
     try:
-        amounts = list(map(int, texts))
+        amounts = list(map(int, columns.amounts))
     except ValueError:
-        amounts = [Decimal(text.decode()) for text in texts]
+        amounts = [Decimal(text.decode()) for text in columns.amounts]
     with decimal.localcontext(EXACT):
-        for (user, kind, _, _, _, _), amount in zip(rows, amounts):
+        for user, kind, amount in zip(columns.users, columns.kinds, amounts):
             if kind == b"add":
                 sums[user] = sums.get(user, 0) + amount
             else:
@@ -1007,13 +1068,10 @@ def sums_as_json(sums):
 
 # ---- Child processes
 
-class ChildDied(Failure):
-    """A child process ended or stood still before it gave its result."""
-
 
 class TallyProcess:
-    """A child process that makes one Tally and sends it back. (The idle workers of a pool outlive
-    a parent that is killed; this one ends at its next write.)"""
+    """A child process that makes one Tally and sends it back. (Why no pool: its idle workers
+    outlive a parent that is killed. This child ends at its next write.)"""
 
     def __init__(self, log, part, marks=None):
         """Start it, or raise ChildDied if there is no room for another process."""
@@ -1078,7 +1136,8 @@ def send_tally(log, part, marks, writing_end):
         result = tally_slice(log, part, marks)
     except Exception as error:
         result = error
-    with contextlib.suppress(BrokenPipeError, MemoryError):  # the parent was killed, or sees it
+    # BrokenPipeError: the parent was killed. MemoryError: it will see that the result ends early.
+    with contextlib.suppress(BrokenPipeError, MemoryError):
         with open(writing_end, "wb") as pipe:
             pickle.dump(result, pipe, protocol=pickle.HIGHEST_PROTOCOL)
 
@@ -1110,63 +1169,16 @@ def tally_all(log, jobs):
 # ---- Exactly once -------------------------------------------------------------------------
 
 
+# Two positions of a log must not be confused. Both are offsets, and both only grow.
+#   Reading            how far this run has read it; it ends with the run
+#   RecordedPosition   how far it was read by whoever came furthest; the database keeps it
+
+
 class Reading(NamedTuple):
-    """How far a run has read a log, for when its recorded position cannot be used."""
+    """How far this run has read a log."""
 
-    end: int = 0
-    no_id_rejected: int = 0  # how many events without an id were rejected so far
-
-
-class Chunk(NamedTuple):
-    """What came of a chunk."""
-
-    start: int
-    end: int
-    position: int  # that is recorded now
-    applied: int
-    repeated: int
-    no_id_rejected: int  # how many of the rejected lines are events without an id
-    rejected: list
-
-
-def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
-    """Apply the next chunk of log, of about size bytes, in the caller's transaction, which commits
-    all of it or nothing; return a Chunk. Raise OSError, Failure or psycopg2.Error.
-
-        bytes before the position  from_start                 chunk starts at      without an id
-        unchanged                  yes, and it is not reached  where reading ended  passed over
-        unchanged                  otherwise                   the position         counted
-        changed                    either                      where reading ended  rejected
-
-    The position only moves forward: a log that was cut below it is read whole at every run. In a
-    changed log it stays until the log was read to its end without rejecting an event for want of
-    an id: who puts the old bytes back before that finds the old position valid.
-    """
-    position, digest = lock_position(sql, log)
-    unchanged = log.digest(position) == digest
-    no_id_rule = COUNT
-    start = reading.end
-    if not unchanged:
-        no_id_rule = REJECT
-    elif from_start and reading.end < position:
-        no_id_rule = PASS_OVER
-        size = min(size, position - reading.end)
-    else:
-        start = position
-    tallies = tally_chunk(log, start, size, no_id_rule)
-    end = start
-    if tallies:
-        log.sync()
-        end = tallies[-1].end
-    applied = count_once(sql, log, tallies)
-    rejected = list(itertools.chain.from_iterable(tally.rejected for tally in tallies))
-    no_id_rejected = sum(tally.no_id_rejected for tally in tallies)
-    read_whole = end >= log.end and reading.no_id_rejected + no_id_rejected == 0
-    if end > position and (unchanged or read_whole):
-        position = end
-        record_position(sql, log, RecordedPosition(end, tallies[-1].digest))
-    repeated = sum(tally.events for tally in tallies) - applied
-    return Chunk(start, end, position, applied, repeated, no_id_rejected, rejected)
+    read_up_to: int = 0
+    no_id_rejected: int = 0  # how many events without an id it has rejected so far
 
 
 class RecordedPosition(NamedTuple):
@@ -1174,6 +1186,58 @@ class RecordedPosition(NamedTuple):
 
     position: int
     digest: bytes  # the SHA-256 of the up to DIGEST_BYTES before the position
+
+
+NOTHING_RECORDED = RecordedPosition(0, b"")
+
+
+class Chunk(NamedTuple):
+    """What came of a chunk."""
+
+    reading: Reading  # behind it
+    recorded: int  # the position that is recorded now
+    applied: int
+    repeated: int
+    rejected: list
+
+
+def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
+    """Apply the next chunk of log, of about size bytes, in the caller's transaction, which commits
+    all of it or nothing; return a Chunk. Raise OSError, Failure or psycopg2.Error.
+
+    The log's recorded position is a shortcut as long as the bytes before it are unchanged. In a
+    changed log it stays until the log was read to its end without rejecting an event for want of
+    an id: who puts the old bytes back before that finds the old position valid. It never moves
+    back, so that a log which was cut below it is read whole at every run.
+    """
+    position, digest = lock_position(sql, log)
+    unchanged = log.digest(position) == digest
+    if not unchanged:
+        start = reading.read_up_to
+        no_id_rule = REJECT
+    elif from_start and reading.read_up_to < position:
+        start = reading.read_up_to
+        size = min(size, position - start)  # behind the position another rule holds
+        no_id_rule = PASS_OVER
+    else:
+        start = position
+        no_id_rule = COUNT
+    tallies = tally_chunk(log, start, size, no_id_rule)
+    end = start
+    if tallies:
+        log.sync()
+        end = tallies[-1].end
+    if end == start and end < log.end:
+        raise change_of(log)  # it was truncated
+    applied = count_once(sql, log, tallies)
+    repeated = sum(tally.events for tally in tallies) - applied
+    rejected = list(itertools.chain.from_iterable(tally.rejected for tally in tallies))
+    no_id_rejected = reading.no_id_rejected + sum(tally.no_id_rejected for tally in tallies)
+    nothing_left_out = end >= log.end and no_id_rejected == 0
+    if end > position and (unchanged or nothing_left_out):
+        position = end
+        record_position(sql, log, RecordedPosition(end, tallies[-1].digest))
+    return Chunk(Reading(end, no_id_rejected), position, applied, repeated, rejected)
 
 
 def lock_position(sql, log):
@@ -1208,13 +1272,6 @@ def change_of(log):
     return OSError(errno.ESTALE, "was changed while it was read; it is read again later", log.path)
 
 
-class Disturbed(Failure):
-    """Somebody deleted rows that were about to be locked."""
-
-    def __init__(self, table):
-        super().__init__(f"Somebody deletes rows of {table}; what they held was not counted.")
-
-
 def tally_chunk(log, start, size, no_id_rule):
     """Return the tallies of the next chunk of log, of about size bytes from offset start on, one
     after the other. What follows one that ended early belongs to the chunk after this one."""
@@ -1226,7 +1283,7 @@ def tally_chunk(log, start, size, no_id_rule):
     tallies = []
     end = start
     for tally in tally_all(log, jobs):
-        if tally.part.start == end:
+        if tally.part.start == end:  # else one before it ended early
             tallies.append(tally)
             end = tally.end
     return tallies
@@ -1272,8 +1329,8 @@ def lock_producers(sql, ids):
         ON CONFLICT DO NOTHING""",
         [list(ids)],
     )
-    # It returns a number, because a processor that stands still while PostgreSQL sends it much
-    # would keep the locks for ever.
+    # This returns a number, and no rows: a processor that stands still while PostgreSQL sends it
+    # much would keep the locks for ever.
     sql.execute(
         """
         SELECT count(*) FROM (
@@ -1311,6 +1368,7 @@ def add_ids(sql, ids):
         )
         new = [NewIds._make(row) for row in cursor]
     if new:
+        # Rows that gain nothing are not written.
         sql.execute(
             """
             UPDATE event_producers AS stored SET applied = applied + ranges::int8multirange
@@ -1326,16 +1384,11 @@ def mark_lines(tallies, new):
     """Return for each tally a byte for each of its lines: 1 for an event whose id is among new,
     and for every event without an id. Of several lines with one id, one is marked.
 
-    Spans and new ids are both gone through in their order; a span takes what it has of the new
-    ids, and what reaches beyond its end is left for the next:
+    The spans, in the order of their ids, take their ids from the new ones:
 
         new ids  1..19
-        span A   ids 1..9 on the lines 0..8      takes 1..9: lines 0..8; 10..19 are left
+        span A   ids 1..9 on the lines 0..8      takes 1..9: lines 0..8
         span B   ids 5..19 on the lines 40..54   takes 10..19: lines 45..54
-
-    Every new id lies in some span, and spans are sorted by their first id: so an unclaimed id is
-    never below the span at hand. A span that reaches less far than the one before finds its ids
-    taken: of lines with one id, the first span's is marked.
     """
     marks = [bytearray(tally.lines) for tally in tallies]
     spans = []
@@ -1344,27 +1397,36 @@ def mark_lines(tallies, new):
             if span.producer:
                 spans.append((span, number))
             else:
-                mark(marks[number], span.line, span.line + span.end - span.first)
+                mark(marks[number], span.line, span.end - span.first)
     unclaimed = collections.deque(sorted(new))
     for span, number in sorted(spans):
-        offset = span.line - span.first
-        while unclaimed:
-            # The first unclaimed ids begin inside this span, or they are those of a later one.
-            ids = unclaimed[0]
-            if ids.producer != span.producer or ids.first >= span.end:
-                break
-            unclaimed.popleft()
-            end = ids.end
-            if end > span.end:
-                end = span.end
-                unclaimed.appendleft(NewIds(ids.producer, end, ids.end))
-            mark(marks[number], ids.first + offset, end + offset)
+        for ids in claim(unclaimed, span):
+            line = span.line + ids.first - span.first
+            mark(marks[number], line, ids.end - ids.first)
     return marks
 
 
-def mark(lines, first, end):
-    """Set the bytes of lines from first to before end to 1."""
-    lines[first:end] = b"\1" * (end - first)
+def claim(unclaimed, span):
+    """Take those ids that span has from the unclaimed ones, a sorted deque of NewIds, and yield
+    them as NewIds.
+
+    Every new id is in some span, and the spans come in the order of their first ids. So the first
+    unclaimed id is in this span, or in a later one.
+    """
+    while unclaimed:
+        ids = unclaimed[0]
+        if ids.producer != span.producer or ids.first >= span.end:
+            return
+        unclaimed.popleft()
+        if ids.end > span.end:
+            unclaimed.appendleft(ids._replace(first=span.end))
+            ids = ids._replace(end=span.end)
+        yield ids
+
+
+def mark(lines, first, count):
+    """Set the bytes of count lines from the first one on to 1."""
+    lines[first : first + count] = b"\1" * count
 
 
 def marked_sums(log, tallies, marks):
@@ -1385,11 +1447,16 @@ def marked_sums(log, tallies, marks):
             mixed.append(tally)
             jobs.append((tally.part._replace(end=tally.end), lines))
     for tally, again in zip(mixed, tally_all(log, jobs)):
-        # All but the sums must be as before.
-        if again._replace(part=tally.part, sums=tally.sums) != tally:
+        if without_sums(again) != without_sums(tally):
             raise change_of(log)
         sums.append(again.sums)
     return sums
+
+
+def without_sums(tally):
+    """Return what must be the same in two tallies of the same lines. (The part of the second one
+    ends where the first tally ended.)"""
+    return tally._replace(part=None, sums=None)
 
 
 def add_revenue(sql, sums):
@@ -1399,6 +1466,7 @@ def add_revenue(sql, sums):
     texts = [psycopg2.extensions.QuotedString(text) for text in sums]
     if not texts:
         return
+    # A table that was there before this program may hold NULL.
     sql.execute(
         """
         INSERT INTO users_revenue AS stored (user_id, revenue)
@@ -1414,10 +1482,6 @@ def add_revenue(sql, sums):
 # ---- The database and its tables ----------------------------------------------------------
 
 
-class Locked(Failure):
-    """Somebody else holds a lock for longer than LOCK_SECONDS."""
-
-
 @contextlib.contextmanager
 def naming_lock(table):
     """Return a context for statements that wait for a lock on table or rows of it. It takes no lock
@@ -1431,10 +1495,6 @@ def naming_lock(table):
             "WHERE relation IN ('users_revenue'::regclass, 'event_producers'::regclass, "
             "'event_logs'::regclass)"
         ) from error
-
-
-class Refused(Failure):
-    """PostgreSQL refuses what one log holds: a CHECK, a foreign key, no partition, a trigger."""
 
 
 @contextlib.contextmanager
@@ -1529,39 +1589,48 @@ def set_time_limits(sql, idle_seconds, statement_seconds):
         "set_config('lock_timeout', %s, true), "
         "set_config('statement_timeout', CASE current_setting('statement_timeout') "
         "WHEN '0' THEN %s ELSE current_setting('statement_timeout') END, true)",
-        [f"{1000 * seconds:.0f}" for seconds in (idle_seconds, LOCK_SECONDS, statement_seconds)],
+        [milliseconds(idle_seconds), milliseconds(LOCK_SECONDS), milliseconds(statement_seconds)],
     )
+
+
+def milliseconds(seconds):
+    """Return seconds as PostgreSQL's settings take them."""
+    return f"{1000 * seconds:.0f}"
 
 
 def open_connection(statement_seconds):
     """Return a connection whose statements are waited for a little longer than statement_seconds.
-    Raise Failure or psycopg2.Error.
-
-    A thread of its own connects: libpq tries one address after the other, and meanwhile no signal's
-    handler would run in it.
-    """
-    outcome = []
-
-    def work():
-        try:
-            outcome.append(connect(connect_timeout=CONNECT_SECONDS))
-        except Exception as error:
-            outcome.append(error)
-
-    # The callback belongs to the whole process. It is off while the thread connects, so that libpq
-    # waits by itself there.
+    Raise Failure or psycopg2.Error."""
+    # psycopg2 has one wait callback for the whole process. Without one, libpq waits by itself: it
+    # alone can try one address after the other.
     psycopg2.extensions.set_wait_callback(None)
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join()
-    (connection,) = outcome
-    if isinstance(connection, Exception):
-        raise connection
+    connection = connect_in_thread()
     psycopg2.extensions.set_wait_callback(
         functools.partial(wait_for_statement, 1.1 * statement_seconds)
     )
     connection.set_session(isolation_level="READ COMMITTED")
     return connection
+
+
+def connect_in_thread():
+    """Return a connection that a thread has made: while libpq connects, no signal's handler would
+    run in this one. Raise Failure or psycopg2.Error."""
+    outcome = []
+    thread = threading.Thread(target=keep_outcome_of_connect, args=[outcome], daemon=True)
+    thread.start()
+    thread.join()
+    (connection,) = outcome
+    if isinstance(connection, Exception):
+        raise connection
+    return connection
+
+
+def keep_outcome_of_connect(outcome):
+    """Append a new connection, or the exception that was raised, to the list outcome."""
+    try:
+        outcome.append(connect(connect_timeout=CONNECT_SECONDS))
+    except Exception as error:
+        outcome.append(error)
 
 
 def wait_for_statement(seconds, connection):
@@ -1573,17 +1642,7 @@ def wait_for_statement(seconds, connection):
         raise Silent(f"PostgreSQL has not answered for {seconds:.0f} seconds.") from None
 
 
-class Silent(Failure):
-    """PostgreSQL, or what lies between, stands still."""
-
-
 # ---- Applying logs ------------------------------------------------------------------------
-
-# What may come from the size of a chunk.
-TOO_MUCH = (ChildDied, Silent, MemoryError, psycopg2.errors.QueryCanceled)
-# What ends with a transaction or a connection, so that another attempt may succeed.
-PASSING = (*TOO_MUCH, Locked, Disturbed, psycopg2.OperationalError, psycopg2.InterfaceError)
-
 
 def rotated_logs(path, list_directory):
     """Return the paths of the files that rotation made of the log at path: its name, a dot or a
@@ -1611,74 +1670,99 @@ def sorted_names(directory):
         return []
 
 
-class Applied(NamedTuple):
-    """A log that was applied to its end, or refused."""
-
-    version: tuple  # of the file then: its size and the time of its last change
-    log_id: bytes | None
-    position: int | None  # that was recorded
-    again_at: float  # when a refused log is tried again, in seconds of time.monotonic
-
-
 class Summary:
-    """How many events and lines of a log had which fate."""
+    """How many events and lines of a log had which fate in one look at it."""
 
     def __init__(self):
         self.applied = 0
         self.repeated = 0
-        self.rejected = 0  # lines that were not said before
+        self.rejected = 0  # lines that were not named before
+
+
+class FileRecord:
+    """What an Applier knows of a file, for as long as the file is the same log.
+
+    log_id        of that log
+    version       of the file when it was done: applied to its end, or refused; None if it is to be
+                  applied
+    position      that was recorded then
+    again_at      when a refused log is tried again, in seconds of time.monotonic
+    was_read      whether it was read to its end in this run, from its start with from_start
+    named_up_to   the offset up to which its rejected lines were named
+    """
+
+    def __init__(self, log_id):
+        self.log_id = log_id
+        self.version = None
+        self.position = 0
+        self.again_at = NEVER
+        self.was_read = False
+        self.named_up_to = 0
+
+
+NEVER = float("inf")
 
 
 class Applier:
     """Applies logs, and remembers what it did.
 
-    database     the Database, or what stands for it
+    database     the Database
+    paths        the logs that were named, each once, in their order: a dict without values
     from_start   whether recorded positions are not used for a file that is read for the first time
-    read_whole   identities of the files that were applied from their start for that reason
-    done         {identity of a file: Applied} of those that need no further look while they are as
-                 they are; it ends with the connection: another database, or a restored one, may
-                 know less
+    files        {identity of a file: FileRecord}; record_of() alone adds to it, and none is removed
     recorded     {log_id: RecordedPosition} at the beginning of this look at the logs
-    named_up_to  {identity of a file: the offset up to which its rejected lines were said}
     failed       whether a line was rejected, or a log could not be applied
+    failures     how many attempts in a row have failed since events were applied
     troubles     what is wrong at present
     chunk_bytes  the size of a chunk, smaller after failures
-    progress     whether events were applied since run() last set it to False
     """
 
-    def __init__(self, database, from_start=False):
+    def __init__(self, database, paths, from_start=False):
         self.database = database
+        self.paths = dict.fromkeys(paths)
         self.from_start = from_start
-        self.read_whole = set()
-        self.done = {}
+        self.files = {}
         self.recorded = {}
-        self.named_up_to = {}
         self.failed = False
+        self.failures = 0
         self.troubles = Troubles()
         self.chunk_bytes = CHUNK_BYTES
-        self.progress = False
+
+    def look(self):
+        """Apply the logs that are not done yet. Return whether there were any: then there may be
+        more, because logs were rotated meanwhile. Raise Failure or psycopg2.Error when no log can
+        be applied."""
+        self.prepare()
+        found = False
+        for path in self.find_logs():
+            log = self.open(path)
+            if log is None:
+                continue
+            with contextlib.closing(log):
+                if not self.was_done(log) and self.apply(log):
+                    found = True
+        return found
 
     def prepare(self):
-        """Connect, if there is no connection, and forget what the database does not know, or not
-        any more. Raise Failure or psycopg2.Error."""
+        """Connect, if there is no connection, and have every log applied again of which the
+        database may know less than before. Raise Failure or psycopg2.Error."""
         if not self.database.is_open():
-            self.done.clear()
+            # It may be another database now, or one that was restored.
+            for record in self.files.values():
+                record.version = None
             self.database.connect()
         self.recorded = self.database.recorded_positions()
-        for identity, applied in list(self.done.items()):
-            known = self.recorded.get(applied.log_id)
-            if applied.position is None:
-                continue
-            if known is None or known.position < applied.position:
-                del self.done[identity]
+        for record in self.files.values():
+            known = self.recorded.get(record.log_id, NOTHING_RECORDED)
+            if known.position < record.position:
+                record.version = None
 
-    def find_logs(self, paths):
+    def find_logs(self):
         """Return the paths of the logs, rotated ones before the one that they were renamed from.
         A directory that cannot be listed is named."""
         list_directory = functools.cache(sorted_names)  # once, however many logs are in it
         found = []
-        named = frozenset(paths)
-        for path in paths:
+        for path in self.paths:
             siblings = []
             try:
                 siblings += rotated_logs(path, list_directory)
@@ -1689,20 +1773,20 @@ class Applier:
             for sibling in siblings:
                 if not is_compressed(sibling):
                     found.append(sibling)
-                elif sibling not in named:
+                elif sibling not in self.paths:
                     words = "is compressed and was not read; name it to read it."
                     self.troubles.begin(sibling, words)
             if os.path.lexists(path) or not siblings:
                 found.append(path)
         return list(dict.fromkeys(found))
 
-    def open(self, path, named):
+    def open(self, path):
         """Return a LogReader, or None if it cannot be opened: that is named, unless the path was
         found beside a named one and has vanished meanwhile."""
         try:
             return LogReader(path)
         except OSError as error:
-            if named or error.errno != errno.ENOENT:
+            if path in self.paths or error.errno != errno.ENOENT:
                 self.say_trouble(path, error)
             return None
 
@@ -1716,92 +1800,110 @@ class Applier:
             words += "; start server.py in its directory, or name another log"
         self.troubles.begin(path, f"{words}.")
 
+    def was_done(self, log):
+        """Tell whether the file of an open log was done since it is that log, also if it has grown
+        since then."""
+        record = self.files.get(identity_of(log))
+        return record is not None and record.version is not None
+
+    def record_of(self, log):
+        """Return the FileRecord of an open log whose end is known. It is a new one if the file has
+        another first line than before: a new file may get the identity of one that was removed."""
+        identity = identity_of(log)
+        record = self.files.get(identity)
+        if record is None or record.log_id != log.log_id:
+            record = FileRecord(log.log_id)
+            self.files[identity] = record
+        return record
+
     def apply(self, log):
         """Apply an open log from where the database knows it, and say what came of it.
 
-        Return whether it needs no further look: it was applied, or PostgreSQL refused it. If it
-        cannot be read, that is named. Raise Failure or psycopg2.Error when no log can be applied.
+        Return whether the log is done now: it was applied to its end, or PostgreSQL refused it. If
+        it cannot be read, that is named. Raise Failure or psycopg2.Error when no log can be
+        applied.
         """
         lock_seconds = LOCK_SECONDS
         if log.path in self.troubles:
             lock_seconds = POLL_SECONDS  # it may be the lock, which was waited for already
-        position = None
-        again_at = float("inf")
         try:
-            identity = identity_of(log)
             version = version_of(log)
             if not log.find_end(lock_seconds):
                 return False  # it was renamed, and somebody holds its lock
-            position = self.apply_what_is_new(log)
+            self.apply_or_refuse(log)
         except OSError as error:
             self.say_trouble(log.path, error)
             return False
+        self.record_of(log).version = version
+        return True
+
+    def apply_or_refuse(self, log):
+        """Apply an open log whose end is known; if PostgreSQL refuses it, name that and have it
+        tried again later. Raise OSError."""
+        record = self.record_of(log)
+        try:
+            self.apply_what_is_new(log)
         except Refused as error:
             self.failed = True
             self.troubles.begin(log.path, str(error))
-            again_at = time.monotonic() + MAX_BACKOFF_SECONDS
+            record.again_at = time.monotonic() + MAX_BACKOFF_SECONDS
         else:
+            record.was_read = True
+            record.again_at = NEVER
             self.troubles.end(log.path, "is read again.")
-        self.done[identity] = Applied(version, log.log_id, position, again_at)
-        return True
 
     def apply_what_is_new(self, log):
-        """Apply an open log, whose end is known, and say what came of it; return its recorded
-        position, None without one."""
-        identity = identity_of(log)
-        from_start = self.from_start and identity not in self.read_whole
+        """Apply an open log whose end is known, and say what came of it."""
+        record = self.record_of(log)
         summary = Summary()
-        position = log.end
-        known = self.recorded.get(log.log_id)
-        at_end = RecordedPosition(log.end, log.digest(log.end))
-        if from_start or known != at_end:
-            position = self.apply_chunks(log, from_start, summary)
-        self.read_whole.add(identity)
+        from_start = self.from_start and not record.was_read
+        if not from_start and self.is_all_recorded(log):
+            record.position = log.end
+        else:
+            self.apply_chunks(log, from_start, summary)
         show_progress("")
         self.say_summary(log, summary)
-        return position
+
+    def is_all_recorded(self, log):
+        """Tell whether the position that is recorded of a log is its end: nothing in it is new."""
+        at_end = RecordedPosition(log.end, log.digest(log.end))
+        return self.recorded.get(log.log_id) == at_end
 
     def apply_chunks(self, log, from_start, summary):
-        """Apply an open log chunk by chunk, and add to summary what comes of it; return its
-        recorded position, None without one."""
+        """Apply an open log chunk by chunk, and add to summary what comes of it."""
         reading = Reading()
-        position = None
-        while reading.end < log.end:
+        while reading.read_up_to < log.end:
             chunk = None
             try:
                 with self.database.counting() as sql:
                     chunk = apply_chunk(sql, log, reading, from_start, self.chunk_bytes)
             finally:
-                # When COMMIT fails, it may have been done: nobody would read these lines again.
+                # When COMMIT fails, it may have been done: then the next attempt begins behind
+                # these lines.
                 if chunk is not None:
                     self.say_rejected(log, chunk.rejected, summary)
-            position = chunk.position
-            self.progress = self.progress or chunk.applied > 0
+            reading = chunk.reading
+            self.record_of(log).position = chunk.recorded
+            if chunk.applied:
+                self.failures = 0
             summary.applied += chunk.applied
             summary.repeated += chunk.repeated
             events = summary.applied + summary.repeated + summary.rejected
-            show_progress(f"{log.path}: {chunk.end / log.end:.0%}, {events:,} events")
-            if chunk.end == chunk.start and chunk.end < log.end:
-                raise change_of(log)  # it was truncated
-            no_id_rejected = reading.no_id_rejected + chunk.no_id_rejected
-            reading = Reading(chunk.end, no_id_rejected)
-        return position
+            show_progress(f"{log.path}: {reading.read_up_to / log.end:.0%}, {events:,} events")
 
     def say_rejected(self, log, rejected, summary):
-        """Name rejected lines of a log that were not said before, and count them in summary."""
-        identity = identity_of(log)
-        named_up_to = self.named_up_to.get(identity, 0)
-        if named_up_to > log.end:
-            named_up_to = 0  # it was cut, and may have other lines there now
+        """Name rejected lines of a log that were not named before, and count them in summary."""
+        record = self.record_of(log)
+        if record.named_up_to > log.end:
+            record.named_up_to = 0  # it was cut, and may have other lines there now
         for line in rejected:
             self.failed = True
-            if line.offset < named_up_to:
+            if line.offset < record.named_up_to:
                 continue
-            named_up_to = line.offset + 1
+            record.named_up_to = line.offset + 1
             summary.rejected += 1
             if summary.rejected <= NAMED_LINES:
                 warn(f"{log.path}: byte {line.offset}: {line.reason}")
-        self.named_up_to[identity] = named_up_to
 
     def say_summary(self, log, summary):
         """Say what came of a log."""
@@ -1815,13 +1917,20 @@ class Applier:
             words += f"; {log.unfinished:,} bytes of an unfinished last line left"
         say(words)
 
+    def is_lasting(self, error):
+        """Tell whether a failure, which was counted, makes another attempt useless: it is of a kind
+        that does not pass, it is the last of ATTEMPTS without progress, or the database was never
+        reached: that is rather a wrong name than a restart."""
+        passes = isinstance(error, PASSING) and self.database.connection is not None
+        return not passes or self.failures >= ATTEMPTS
+
     def recover(self, error):
-        """Be ready for another attempt after an error that is among PASSING, or any other one of
-        the database: on a new connection, because a transaction was rolled back, or was committed
-        without a word, and then its events will be recognised."""
+        """Pause, and be ready for another attempt: on a new connection, because a transaction was
+        rolled back, or was committed without a word, and then its events will be recognised."""
         if isinstance(error, TOO_MUCH):
             self.chunk_bytes = max(self.chunk_bytes // SHRINK, SMALLEST_CHUNK_BYTES)
         self.database.close()
+        time.sleep(backoff_seconds(self.failures))
 
 
 def identity_of(log):
@@ -1848,44 +1957,22 @@ def run(paths, from_start=False):
     """Apply what is new in every log; return whether nothing was rejected and every log was read.
 
     After a deadlock, a lost connection, a lock or a child's death it tries again a few times.
-    Raise Failure or psycopg2.Error when the database does not let it.
+    Raise Failure, MemoryError or psycopg2.Error when the database does not let it.
     """
-    applier = Applier(Database(), from_start)
-    failures = 0
+    applier = Applier(Database(), paths, from_start)
     with contextlib.closing(applier.database):
         while True:
             try:
-                applier.prepare()
-                if not apply_new_logs(applier, paths):
-                    return not applier.failed
+                while applier.look():
+                    pass
+                return not applier.failed
             except PASSING as error:
-                if applier.progress:
-                    failures = 0
-                    applier.progress = False
-                failures += 1
-                if applier.database.connection is None:
-                    raise  # it was never reached: it is misnamed rather than restarting
-                if failures >= ATTEMPTS:
+                applier.failures += 1
+                if applier.is_lasting(error):
                     raise
                 if isinstance(error, Locked):
                     applier.troubles.begin("Waiting", str(error))
                 applier.recover(error)
-                time.sleep(backoff_seconds(failures))
-
-
-def apply_new_logs(applier, paths):
-    """Apply the logs that are not done yet; return whether there were any: then there may be more,
-    because logs were rotated meanwhile."""
-    found = False
-    named = frozenset(paths)
-    for path in applier.find_logs(paths):
-        log = applier.open(path, path in named)
-        if log is None:
-            continue
-        with contextlib.closing(log):
-            if identity_of(log) not in applier.done:
-                found = applier.apply(log) or found
-    return found
 
 
 class Renamed(NamedTuple):
@@ -1904,41 +1991,38 @@ class Follower(Applier):
     """
 
     def __init__(self, paths, from_start=False):
-        super().__init__(Database(), from_start)
-        self.paths = frozenset(paths)
+        super().__init__(Database(), paths, from_start)
         self.held = {}
         self.renamed = []
 
     def follow(self):
         """Apply what is new every second, through database outages, and never return. Raise
         SyncFailed."""
-        failures = 0
         while True:
             try:
-                self.prepare()
                 self.look()
             except (Failure, OSError, MemoryError, psycopg2.Error) as error:
-                failures += 1
-                lasting = failures >= ATTEMPTS or not isinstance(error, PASSING)
-                if lasting or isinstance(error, Locked) or self.database.connection is None:
+                self.failures += 1
+                if self.is_lasting(error) or isinstance(error, Locked):
                     words = f"trying again until it is mended. {explain(error)}"
                     self.troubles.begin("Events are not applied", words)
                 self.recover(error)
-                time.sleep(backoff_seconds(failures))
             else:
-                failures = 0
+                self.failures = 0
                 self.chunk_bytes = CHUNK_BYTES
                 self.troubles.end("Events are not applied", "they are applied again.")
                 time.sleep(POLL_SECONDS)
 
     def look(self):
-        """Apply every log that has changed since it was applied."""
+        """Apply every log that has changed since it was applied. Raise Failure or psycopg2.Error
+        when no log can be applied."""
+        self.prepare()
         self.notice_renamed()
         self.apply_renamed()
-        for path in self.find_logs(self.paths):
+        for path in self.find_logs():
             log = self.held.get(path)
             if log is None:
-                log = self.open(path, path in self.paths)
+                log = self.open(path)
             if log is None:
                 continue
             if path in self.paths:
@@ -1950,10 +2034,10 @@ class Follower(Applier):
 
     def apply_if_changed(self, log):
         """Apply a log unless it is as it was when it was done."""
-        applied = self.done.get(identity_of(log))
-        if applied is None or applied.version != version_of(log):
+        record = self.files.get(identity_of(log))
+        if record is None or record.version != version_of(log):
             self.apply(log)
-        elif time.monotonic() >= applied.again_at:
+        elif time.monotonic() >= record.again_at:
             self.apply(log)
 
     def notice_renamed(self):
@@ -1970,8 +2054,8 @@ class Follower(Applier):
 
     def apply_renamed(self):
         """Read renamed logs to their end. Once find_end has had the lock, no server writes to one
-        any more: writers look at the name first. One that cannot be read to its end is given up
-        after LOCK_SECONDS: it may be found under its new name."""
+        any more: a writer that has the lock looks at the name before it writes. One that cannot be
+        read to its end is given up after LOCK_SECONDS: it may be found under its new name."""
         for renamed in list(self.renamed):
             if not self.apply(renamed.log):
                 if time.monotonic() < renamed.since + LOCK_SECONDS:
@@ -1987,34 +2071,21 @@ class Follower(Applier):
             super().say_summary(log, summary)
 
 
-class Audit(Applier):
-    """Applies logs to temporary tables, which hide the real ones, in one transaction that is never
-    committed.
+class TemporaryTables(Database):
+    """A Database whose tables are temporary ones, which hide the real ones, in one transaction that
+    is never committed.
 
-    Never call prepare() or recover() here: this object is its own database, too, and has only
-    counting(), which is all that apply_new_logs() needs. So no position is known, and every log is
-    read from its start.
-
-    connection  to PostgreSQL
     _table      the real users_revenue with its schema, because it is hidden
     """
 
     def __init__(self):
-        super().__init__(database=self)
-        self.connection = None
+        super().__init__()
         self._table = None
 
-    def close(self):
-        """Forget it all: roll the transaction back, because a pooler may keep the connection."""
-        if self.connection is not None:
-            with contextlib.suppress(psycopg2.Error):
-                self.connection.rollback()
-            self.connection.close()
-
-    def begin(self):
+    def connect(self):
         """Connect and make the temporary tables. Raise Failure or psycopg2.Error."""
         self.connection = open_connection(VERIFY_SECONDS)
-        with self.counting() as sql:  # psycopg2 begins the transaction
+        with self.transaction() as sql:
             set_time_limits(sql, VERIFY_SECONDS, VERIFY_SECONDS)
             sql.execute(
                 """
@@ -2036,21 +2107,27 @@ class Audit(Applier):
             run_create_table(sql)
             sql.execute("SELECT set_config('search_path', 'pg_temp, ' || %s, true)", [search_path])
 
+    def close(self):
+        """Forget it all: roll the transaction back, because a pooler may keep the connection."""
+        if self.is_open():
+            with contextlib.suppress(psycopg2.Error):
+                self.connection.rollback()
+        super().close()
+
     @contextlib.contextmanager
-    def counting(self):
-        """Return a context with a cursor of the one transaction."""
+    def transaction(self):
+        """Return a context with a cursor of the one transaction, which psycopg2 begins with the
+        first statement, and which goes on behind the context."""
         with self.connection.cursor() as sql:
             yield sql
 
-    def say_rejected(self, log, rejected, summary):
-        """Say nothing: lines that are no events do not count here either."""
-
-    def say_summary(self, log, summary):
-        """Say nothing: nothing was applied."""
+    def counting(self):
+        """Return a context with a cursor of the one transaction, whose tables nobody else sees."""
+        return self.transaction()
 
     def count_users(self):
         """Return how many users the logs know."""
-        with self.counting() as sql:
+        with self.transaction() as sql:
             sql.execute("SELECT count(*) FROM users_revenue")
             (users,) = sql.fetchone()
             return users
@@ -2076,21 +2153,32 @@ class Audit(Applier):
                 )
 
 
+class Audit(Applier):
+    """Applies logs and says nothing of what came of them: it was not applied for good."""
+
+    def say_rejected(self, log, rejected, summary):
+        """Say nothing: lines that are no events do not count here either."""
+
+    def say_summary(self, log, summary):
+        """Say nothing."""
+
+
 def verify(paths):
     """Print the users whose revenue differs from what the logs give; return whether there are
     none. Raise Failure, OSError or psycopg2.Error."""
-    audit = Audit()
+    tables = TemporaryTables()
+    audit = Audit(tables, paths)
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(temporary_file())
         differing = 0
-        with contextlib.closing(audit):
-            audit.begin()
-            apply_new_logs(audit, paths)
+        with contextlib.closing(tables):
+            while audit.look():
+                pass
             if audit.failed:
                 say("Not every log could be read, so nothing was compared.")
                 return False
-            users = audit.count_users()
-            for line in audit.differences():
+            users = tables.count_users()
+            for line in tables.differences():
                 differing += 1
                 write_spooled(lines, printable(line) + "\n")
         # Only now, when no transaction is open, is anything printed.
@@ -2149,8 +2237,8 @@ def exit_on(number, status):
 
 
 def open_standard_descriptors():
-    """Open the descriptors 0, 1 and 2 that are closed, so that no log gets their numbers: what is
-    written to them would meet the log, and children replace them."""
+    """Open the descriptors 0, 1 and 2 that are closed, so that no log gets their numbers: messages
+    would be written into the log, and children close the three."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)
@@ -2195,11 +2283,12 @@ def main(arguments=None):
     exit_on(signal.SIGINT, 130)
     exit_on(signal.SIGTERM, 143)
     try:
+        good = False
         if options.verify:
             good = verify(options.logs)
         elif options.follow:
             exit_on(signal.SIGTERM, 0)
-            good = Follower(options.logs, options.from_start).follow()
+            Follower(options.logs, options.from_start).follow()
         else:
             good = run(options.logs, options.from_start)
     except (Failure, SyncFailed, OSError, MemoryError, psycopg2.Error) as error:

@@ -62,7 +62,7 @@ class Chunks(SystemTest):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
         once = self.path("once")
         parent = os.getpid()
-        steps = ("send_tally", "read_rows", "add_amounts", "sums_as_json")
+        steps = ("send_tally", "read_events", "add_amounts", "sums_as_json")
         for step, forever in itertools.product(steps, (False, True)):
             real = getattr(data_processor, step)
 
@@ -110,7 +110,7 @@ class Chunks(SystemTest):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
         error = OSError(errno.EIO, "Input/output error")
         broken = unittest.mock.Mock(side_effect=error)
-        with captured() as printed, small_slices(2, read_rows=broken):
+        with captured() as printed, small_slices(2, read_events=broken):
             self.assertFalse(data_processor.run([str(log)]))
             self.assertEqual(printed(), f"{log}: Input/output error.\n")
 
@@ -156,15 +156,15 @@ class Chunks(SystemTest):
 
     def test_new_events_are_read_once(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 101)))
-        read_rows = data_processor.read_rows
+        read_events = data_processor.read_events
         reads = self.path("reads", b"")
 
         def read_and_note(*arguments):
             with open(reads, "a") as file:  # which the child shares with this process
                 file.write("read\n")
-            return read_rows(*arguments)
+            return read_events(*arguments)
 
-        with unittest.mock.patch.object(data_processor, "read_rows", read_and_note):
+        with unittest.mock.patch.object(data_processor, "read_events", read_and_note):
             apply(log)
         self.assertEqual(reads.read_text(), "read\n")
         self.assertRevenue({"user1": 100})

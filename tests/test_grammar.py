@@ -13,7 +13,7 @@ from tests.random_lines import random_line
 from tests.tools import Server, SystemTest, patched
 from tests.tools_database import empty_tables, query, setUpModule
 from tests.tools_events import EVENT, TORTURE_SEED, with_id, with_value
-from tests.tools_parts import captured, normal, read_lines
+from tests.tools_parts import captured, events_of, normal, read_lines
 
 
 class Events(SystemTest):
@@ -170,7 +170,7 @@ class Events(SystemTest):
                     expected = []
                     odd += 1
                 self.assertEqual(
-                    [normal(row) for row in read_lines(line + b"\n").rows], expected
+                    events_of(read_lines(line + b"\n")), expected
                 )
                 if server_module.is_plain(line + b"\n"):
                     plain += 1
@@ -186,11 +186,11 @@ class Events(SystemTest):
             start = 0
             for number, line in enumerate(lines):
                 found = read_lines(line, start)
-                alone += [(number, normal(row)) for row in found.rows]
+                alone += [(number, event) for event in events_of(found)]
                 rejected += found.rejected
                 start += len(line)
             together = read_lines(b"".join(lines))
-            rows = [normal(row) for row in together.rows]
+            rows = events_of(together)
             self.assertEqual(list(zip(together.numbers, rows)), alone, TORTURE_SEED)
             self.assertEqual(together.rejected, rejected, TORTURE_SEED)
 

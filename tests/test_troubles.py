@@ -166,7 +166,6 @@ class OneTrouble(SystemTest):
         self.addCleanup(applier.database.close)
         self.addCleanup(lambda: [held.close() for held in applier.held.values()])
         with captured() as output:
-            applier.prepare()
             applier.look()
             log.write_text(
                 plain + plain.replace("1", "2") + plain * 198, encoding="utf-8"
@@ -176,7 +175,6 @@ class OneTrouble(SystemTest):
             for _ in range(3):
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(with_id("p", os.fstat(file.fileno()).st_size))
-                applier.prepare()
                 applier.look()
             later = output()[len(first) :]
         self.assertEqual(first.count("byte "), 100)
@@ -189,7 +187,6 @@ class OneTrouble(SystemTest):
         follower = data_processor.Follower([str(first), str(second)])
         self.addCleanup(follower.database.close)
         with captured():
-            follower.prepare()
             follower.look()
             for log, producer in ((first, "p"), (second, "q")):
                 with open(log, "a", encoding="utf-8") as file:
@@ -226,7 +223,6 @@ class OneTrouble(SystemTest):
         self.addCleanup(follower.database.close)
         self.addCleanup(lambda: [held.close() for held in follower.held.values()])
         with captured():
-            follower.prepare()
             follower.look()
             directory.rename(self.directory / "a.old")
             self.path("a", "")
@@ -238,7 +234,7 @@ class OneTrouble(SystemTest):
     def test_many_logs_are_looked_up_in_one_listing(self):
         logs = [str(self.path(f"log{number}", "")) for number in range(50)]
         with unittest.mock.patch.object(os, "listdir", wraps=os.listdir) as listdir:
-            found = data_processor.Applier(None).find_logs(logs)
+            found = data_processor.Applier(None, logs).find_logs()
         self.assertEqual(found, logs)
         self.assertEqual(listdir.call_count, 1)
 

@@ -129,9 +129,9 @@ def apply_uncommitted(path, connection):
 
 
 def read_lines(text, start=0):
-    """Return the BlockRows of lines that begin at an offset of a log."""
+    """Return the BlockEvents of lines that begin at an offset of a log."""
     block = data_processor.Block(start, text, start + len(text), text)
-    return data_processor.read_rows(block, data_processor.COUNT)
+    return data_processor.read_events(block, data_processor.COUNT)
 
 
 def small_slices(cores, **settings):
@@ -140,9 +140,13 @@ def small_slices(cores, **settings):
     return unittest.mock.patch.multiple(data_processor, **settings)
 
 
-def normal(row):
-    """Return what a row of a tally means: user, amount, producer and sequence."""
-    line = data_processor.LogLine._make(row)
+def events_of(found):
+    """Return what each event of BlockEvents means."""
+    return [normal(data_processor.LogLine._make(row)) for row in zip(*found.columns)]
+
+
+def normal(line):
+    """Return what a LogLine means: user, amount, producer and sequence."""
     amount = Decimal(line.amount.decode())
     if line.kind == b"subtract":
         amount = amount.copy_negate()
