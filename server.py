@@ -915,27 +915,29 @@ def read_body(rfile, framing, hold):
     """Read a body, and return it without its framing. Call hold(count) for each piece of so many
     bytes, which may refuse them. Or raise Refusal."""
     if framing.chunked:
-        return read_chunks(rfile, hold)
-    return read_exactly(rfile, framing.length, hold)
+        body = read_chunks(rfile, hold)
+    else:
+        body = read_exactly(rfile, framing.length, hold)
+    return bytes(body)
 
 
 def read_exactly(rfile, length, hold):
-    """Return length bytes, or raise Refusal."""
-    pieces = []
-    left = length
-    while left:
+    """Return length bytes, as a bytearray, or raise Refusal."""
+    # The pieces are not kept: many small ones would hold far more memory than their bytes.
+    result = bytearray()
+    while len(result) < length:
+        left = length - len(result)
         piece = rfile.read1(min(left, PIECE_BYTES))
         if not piece:
             raise not_whole()
         hold(len(piece))
-        pieces.append(piece)
-        left -= len(piece)
-    return b"".join(pieces)
+        result += piece
+    return result
 
 
 def read_chunks(rfile, hold):
-    """Return the body of a chunked request (RFC 9112, 7.1), or raise Refusal. Extensions and
-    trailers are read and dropped."""
+    """Return the body of a chunked request (RFC 9112, 7.1), as a bytearray, or raise Refusal.
+    Extensions and trailers are read and dropped."""
     body = bytearray()
     while True:
         line = read_line(rfile, MAX_HEAD_BYTES, 400)
@@ -955,7 +957,7 @@ def read_chunks(rfile, hold):
     trailers = read_lines(rfile, line)
     if TRAILERS.fullmatch(trailers, len(line)) is None:
         raise Refusal(400, "malformed trailer")
-    return bytes(body)
+    return body
 
 
 def check_local(headers):

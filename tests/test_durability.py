@@ -334,6 +334,34 @@ class Durability(SystemTest):
         wait_until(lambda: len(server.said()) == 2, "the trouble and its end are said, once each")
         self.assertEqual(len(ids_in(server.log)), 2)
 
+    def test_the_lock_is_waited_for_until_the_deadline_of_the_first_line(self):
+        waits = []
+
+        def lock(path, fd, operation, seconds):
+            waits.append(seconds)
+            return True
+
+        now = 1000.0
+        deadlines = {
+            "its request was whole just now": ([now + server_module.LOCK_SECONDS], 10.0),
+            "it waited for the round before": ([now + 3], 3.0),
+            "one waited for longer than others": ([now + 9, now + 2, now + 5], 2.0),
+            "it waited too long": ([now - 20], 1.0),
+        }
+        with (
+            opened_log(self.path("log")) as log,
+            unittest.mock.patch.object(server_module, "lock_log", lock),
+            unittest.mock.patch.object(server_module.time, "monotonic", lambda: now),
+        ):
+            for case, (ends, expected) in deadlines.items():
+                with self.subTest(case):
+                    members = []
+                    for number, end in enumerate(ends):
+                        pending = server_module.Pending(with_id("p", number).encode(), end)
+                        members.append(server_module.Member(pending, lambda error: None))
+                    log._write(members)
+                    self.assertEqual(waits.pop(), expected)
+
     def test_a_file_that_took_the_place_of_the_log_is_left_as_it_is(self):
         server = Server(self, "--workers", "1")
         self.assertEqual(server.post(EVENT)[0], 200)

@@ -1,6 +1,7 @@
 """Where a request ends, and what is no request."""
 
 import io
+import tracemalloc
 import unittest
 
 import server as server_module
@@ -372,6 +373,24 @@ class Framing(RequestTest):
         self.assertEqual(len(ids_in(server.log)), 1)
 
 
+class Dribble(io.RawIOBase):
+    """A connection on which two bytes come at a time."""
+
+    def __init__(self, sent):
+        super().__init__()
+        self._sent = io.BytesIO(sent)
+
+    def readable(self):
+        """Be read."""
+        return True
+
+    def readinto(self, buffer):
+        """Receive."""
+        piece = self._sent.read(2)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
 class Reading(unittest.TestCase):
     """A request is read as it stands there, whoever sent it."""
 
@@ -405,6 +424,22 @@ class Reading(unittest.TestCase):
                 with self.subTest(end=end), self.assertRaises(server_module.Refusal) as caught:
                     self.read(sent[:end])
                 self.assertEqual(caught.exception.status, 408)
+
+    def test_a_body_that_comes_in_small_pieces_takes_little_memory(self):
+        body = b"x" * 200_000
+        for case, sent in {"a length": post(body=body), "a chunk": chunked(body)}.items():
+            rfile = io.BufferedReader(Dribble(sent))
+            head = server_module.read_request(rfile)
+            framing = server_module.find_framing(head)
+            tracemalloc.start()
+            try:
+                received = server_module.read_body(rfile, framing, lambda count: None)
+                _, most = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            with self.subTest(case):
+                self.assertEqual(received, body)
+                self.assertLess(most, 3 * len(body))
 
     def test_a_length_of_many_zeros_costs_no_time(self):
         head, body, _ = self.read(post("Content-Length: " + "0" * 60_000 + "3") + b"abc")

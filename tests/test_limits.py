@@ -214,6 +214,27 @@ class Limits(RequestTest):
                 wire.sendall(sent)
                 self.assertEqual(read_answer(wire)[0], 200)
 
+    def test_an_unfinished_request_has_less_time_than_an_idle_connection(self):
+        health = request("GET", "/health")
+        parts = {
+            "a byte": (b"", b"G"),
+            "a part of a head": (b"", health[:-1]),
+            "a part of a body": (b"", post(body=EVENT)[:-1]),
+            "a part of a later request": (health, health[:-1]),
+        }
+        settings = {"REQUEST_SECONDS": 0.2, "PEER_IDLE_SECONDS": 60}
+        for case, (whole, part) in parts.items():
+            with (
+                self.subTest(case),
+                serving(unittest.mock.Mock(failure=""), **settings) as worker,
+                socket.create_connection(worker.address, timeout=20) as wire,
+            ):
+                if whole:
+                    wire.sendall(whole)
+                    self.assertEqual(read_answer(wire)[0], 200)
+                wire.sendall(part)
+                self.assertEqual(read_answer(wire)[0], 408)
+
     def test_a_connection_that_is_too_slow_is_cut_off(self):
         server = Server(
             self,
@@ -327,16 +348,24 @@ class Room(RequestTest):
         log = unittest.mock.Mock(
             failure="", append=lambda lines, deadline, answer: pending.append(answer)
         )
-        with serving(log, MAX_CONNECTIONS=1) as worker:
-            first = self.connect(worker)
-            first.sendall(post(body=EVENT))
-            wait_until(lambda: pending, "the event waits for the disk")
-            second = self.connect(worker)
-            second.sendall(request("GET", "/health"))
-            self.assertFalse(select.select([first, second], [], [], 0.5)[0])
-            pending[0](None)
-            self.assertEqual(read_answer(first)[0], 200)
-            self.assertEqual(read_answer(second)[0], 200)
+        revenues = unittest.mock.Mock(find_revenue=lambda user, answer: pending.append(answer))
+        cases = {
+            "of the log": (post(body=EVENT), None),
+            "of the database": (request("GET", "/userEvents/user1"), "1.5"),
+        }
+        settings = {"MAX_CONNECTIONS": 1, "ROOM_SECONDS": 0.1, "QUIET_SECONDS": 0.1}
+        for case, (sent, outcome) in cases.items():
+            with self.subTest(case), serving(log, **settings) as worker:
+                worker.revenues = revenues
+                first = self.connect(worker)
+                first.sendall(sent)
+                wait_until(lambda: pending, "the request waits")
+                second = self.connect(worker)
+                second.sendall(request("GET", "/health"))
+                self.assertFalse(select.select([first, second], [], [], 0.5)[0])
+                pending.pop()(outcome)
+                self.assertEqual(read_answer(first)[0], 200)
+                self.assertEqual(read_answer(second)[0], 200)
 
     def test_bodies_that_are_not_whole_are_bounded_together(self):
         length = f"Content-Length: {len(EVENT)}"
@@ -363,6 +392,31 @@ class Room(RequestTest):
                 third = self.connect(worker)
                 third.sendall(post(body=EVENT))
                 self.assertEqual(read_answer(third)[0], 200)
+
+    def test_a_body_is_counted_until_its_request_is_over(self):
+        def append(lines, deadline, answer):
+            counted.append(worker.bodies._left)
+            answer(outcome)
+
+        counted = []
+        batch = EVENT + b"\nx\n"
+        cases = {
+            "an event is logged": (post(body=EVENT), None, 200),
+            "a batch is logged": (post(body=batch, media="application/x-ndjson"), None, 200),
+            "the log cannot be written": (post(body=EVENT), OSError("broken"), 503),
+            "it holds no event": (post(body=b"x"), None, 400),
+            "its end is malformed": (chunked(EVENT, end=b"x\r\n"), None, 400),
+        }
+        log = unittest.mock.Mock(failure="", append=append)
+        with serving(log, HELD_BODY_BYTES=1000) as worker:
+            for case, (sent, outcome, expected) in cases.items():
+                with self.subTest(case):
+                    wire = self.connect(worker)
+                    wire.sendall(sent)
+                    self.assertEqual(read_answer(wire)[0], expected)
+                    wait_until(lambda: worker.bodies._left == 1000, "it is given back")
+        held = [len(EVENT), len(batch), len(EVENT)]
+        self.assertEqual(counted, [1000 - size for size in held])
 
     def test_answers_that_nobody_reads_are_bounded_together(self):
         bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
