@@ -153,8 +153,9 @@ DESCRIPTORS = 8192
 
 # A worker that died is replaced after that pause.
 RESTART_SECONDS = 0.5
-# When so many workers in a row died so soon after their start, the next ones would, too.
-QUICK_DEATH_SECONDS = 1
+# When so many workers in a row died so soon after their start, the next ones would, too. (It is
+# longer than ROOM_SECONDS, after which a worker ends that can serve nobody.)
+QUICK_DEATH_SECONDS = 2
 QUICK_DEATHS = 5
 # Exit status of a worker whose log can no longer be trusted. The parent then stops the server.
 EXIT_SYNC_FAILED = 3
@@ -1556,8 +1557,10 @@ class Worker:
 
     def run(self, lifeline):
         """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or
-        until a sync of the log fails; then finish what was received. Return the exit status."""
+        until a sync of the log fails; then finish what was received. Return the exit status, or
+        raise OSError or RuntimeError if there is no descriptor or thread for a connection."""
         threading.Thread(target=self.cut_off_overdue, daemon=True).start()
+        threading.Thread(target=time.monotonic).start()  # at least one more must be possible
         with self._selector:
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._selector.register(lifeline, selectors.EVENT_READ)
@@ -1582,7 +1585,8 @@ class Worker:
 
     def accept(self):
         """Serve a connection from the backlog, in a thread of its own, and return True. Return
-        False if there is none, or no room for it now: try again later."""
+        False if there is none, or no room for it now: try again later. Raise the reason if this
+        worker has no room and no connection either."""
         if len(self.connections) >= self._most_connections:
             self.make_room()
             return False
@@ -1594,6 +1598,8 @@ class Worker:
         except OSError as error:
             if error.errno in NO_ROOM:
                 self.make_room()
+                if self.is_useless():
+                    raise
             return False
         wire, _ = self._accepted
         wire.setblocking(True)  # on macOS it inherits the listener's non-blocking mode
@@ -1604,6 +1610,8 @@ class Worker:
         except RuntimeError:  # there are too many threads
             del self.connections[wire]
             self.make_room()
+            if self.is_useless():
+                raise
             return False
         self._accepted = None
         self._crowded_since = math.inf  # who comes next has not waited for this worker yet
@@ -1642,6 +1650,13 @@ class Worker:
         if quiet:
             longest = min(quiet, key=operator.attrgetter("received"))
             longest.leave()
+
+    def is_useless(self):
+        """Tell whether somebody has waited for room for ROOM_SECONDS, though no connection takes
+        it away: another worker, or a new one in place of this one, may have some."""
+        if self.stopping or self.connections:
+            return False
+        return time.monotonic() - self._crowded_since >= ROOM_SECONDS
 
     def stop(self):
         """Refuse new connections and finish what was received, for at most STOP_SECONDS."""

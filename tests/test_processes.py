@@ -198,7 +198,7 @@ import threading
 start, started = threading.Thread.start, []
 def start_or_fail(self):
     started.append(self)
-    if 1 < len(started) < 20:
+    if 2 < len(started) < 8:
         raise RuntimeError("can't start new thread")
     start(self)
 threading.Thread.start = start_or_fail
@@ -285,6 +285,36 @@ server.Worker.run = die
         self.assertEnds(no_threads, "can't start new thread", "in a row")
         self.assertEnds(killed, "status -9", "in a row")
         self.assertEnds(no_processes, "Resource temporarily unavailable")
+
+    def test_a_worker_that_can_serve_nobody_makes_way_for_another_one(self):
+        no_thread = """
+import threading
+start, started = threading.Thread.start, []
+def start_or_fail(self):
+    started.append(self)
+    if len(started) > 2:
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = start_or_fail
+"""
+        no_descriptor = """
+import errno, socket
+def accept(self):
+    raise OSError(errno.EMFILE, "Too many open files")
+socket.socket.accept = accept
+"""
+        cases = {"can't start new thread": no_thread, "Too many open files": no_descriptor}
+        for reason, patch in cases.items():
+            with self.subTest(reason):
+                settings = "server.ROOM_SECONDS = 0.1\nserver.RESTART_SECONDS = 0.01\n"
+                server = Server(self, "--workers", "1", log=reason, patch=settings + patch)
+                with contextlib.ExitStack() as stack:
+                    for _ in range(server_module.QUICK_DEATHS):
+                        stack.enter_context(server.connect())
+                    self.assertEqual(server.process.wait(20), 1)
+                said = server.said()
+                self.assertIn(f"A worker cannot work: {reason}.", said)
+                self.assertIn("workers in a row", said[-1])
 
     def test_a_worker_that_dies_again_and_again_is_replaced_while_another_one_lives(self):
         server = Server(self, "--workers", "2", patch="server.RESTART_SECONDS = 0.01")
