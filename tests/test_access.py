@@ -1,11 +1,10 @@
 """Who may ask the server, and how it starts."""
 
-import os
 import secrets
 import subprocess
 import sys
 
-from tests.tools import Server, patched
+from tests.tools import Server
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT
 from tests.tools_http import post, request
@@ -25,19 +24,13 @@ class Access(RequestTest):
         }
         for case, fault in faults.items():
             with self.subTest(case):
-                script, path = patched("server", f"import os\n{fault}")
-                ended = subprocess.run(
-                    [sys.executable, *script, "--port", "0"],
-                    cwd=self.directory,
-                    timeout=20,
-                    env=os.environ | path,
-                    capture_output=True,
-                    text=True,
-                )
-                self.assertEqual(
-                    (ended.returncode, ended.stdout, ended.stderr.count("\n")), (1, "", 1)
-                )
-                self.assertIn("Cannot write the log", ended.stderr)
+                self.assertNotStarted(f"import os\n{fault}")
+
+    def assertNotStarted(self, patch):
+        """Check that a server with a patch ends at its start with a sentence about its log."""
+        output, errors = self.run_script("server.py", "--port", 0, status=1, patch=patch)
+        self.assertRegex(errors, r"\ACannot write the log .*\n\Z")
+        self.assertEqual(output, "")
 
     def test_a_loopback_host_is_accepted(self):
         server = Server(self)
@@ -210,19 +203,9 @@ class Access(RequestTest):
                 self.assertEqual(path.read_bytes(), content)
 
     def test_a_file_system_without_sync_is_refused_at_the_start(self):
-        script, path = patched(
-            "server",
-            "def fail(fd):\n    raise OSError(22, 'Invalid argument')\nserver.sync_file = fail",
+        self.assertNotStarted(
+            "def fail(fd):\n    raise OSError(22, 'Invalid argument')\nserver.sync_file = fail"
         )
-        ended = subprocess.run(
-            [sys.executable, *script, "--port", "0"],
-            cwd=self.directory,
-            timeout=20,
-            env=os.environ | path,
-            capture_output=True,
-            text=True,
-        )
-        self.assertEqual((ended.returncode, ended.stdout, ended.stderr.count("\n")), (1, "", 1))
 
     def test_the_server_starts_whatever_options_python_has(self):
         for option in ("-P", "-OO", "-I"):

@@ -114,10 +114,10 @@ class Audit(SystemTest):
             "tempfile.TemporaryFile = open_full"
         )
         log = self.path("log", with_id("p", 1))
-        run = self.run_patched("data_processor", full, "--verify", log)
-        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        output, errors = self.processor("--verify", log, status=1, patch=full)
+        self.assertEqual(output, "")
         words = "/full: No space left on device: no room for a temporary file"
-        self.assertEqual(run.stderr, f"{words} (TMPDIR names another directory).\n")
+        self.assertEqual(errors, f"{words} (TMPDIR names another directory).\n")
 
     def test_verify_hides_the_tables_wherever_the_search_path_has_temporary_ones(self):
         log = self.path("log", with_id("p", 1))

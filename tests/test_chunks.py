@@ -1,6 +1,5 @@
 """Several cores count what one would count, in bounded memory."""
 
-import collections
 import errno
 import itertools
 import os
@@ -15,7 +14,7 @@ import data_processor
 from tests.tools import SystemTest, alive, children_of, wait_until
 from tests.tools_database import empty_tables, query, setUpModule
 from tests.tools_events import EVENT, TORTURE_SEED, with_id
-from tests.tools_parts import apply, captured, opened_reader, run_patched, small_slices
+from tests.tools_parts import apply, captured, opened_reader, small_slices
 
 
 class Chunks(SystemTest):
@@ -88,7 +87,7 @@ class Chunks(SystemTest):
 
     def test_children_end_when_their_parent_is_killed(self):
         log = self.path("log", "".join(with_id("p", n) for n in range(1, 50_001)))
-        processor = run_patched(
+        patch = (
             "import time\n"
             "data_processor.usable_cores = lambda: 3\n"
             "data_processor.SLICE_BYTES = 1000\n"
@@ -96,9 +95,9 @@ class Chunks(SystemTest):
             "def slow(*arguments):\n"
             "    time.sleep(1)\n"
             "    return tally_slice(*arguments)\n"
-            "data_processor.tally_slice = slow",
-            log,
+            "data_processor.tally_slice = slow"
         )
+        processor = self.start("data_processor.py", log, patch=patch)
         children = wait_until(lambda: children_of(processor.pid), "it has forked")
         processor.kill()
         processor.communicate()

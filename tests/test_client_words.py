@@ -1,6 +1,5 @@
 """What the client prints."""
 
-import contextlib
 import json
 import os
 import resource
@@ -11,7 +10,7 @@ import termios
 from unittest import mock
 
 import client as client_module
-from tests.tools import TEXT, Server, free_port, open_terminal
+from tests.tools import TEXT, Server, fill, free_port, open_terminal
 from tests.tools_client import ClientTest
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in
@@ -74,20 +73,12 @@ class ClientWords(ClientTest):
         terminal_side, terminal = open_terminal()
         for descriptor in (receiver, full, terminal_side, terminal):
             self.addCleanup(os.close, descriptor)
-        os.set_blocking(full, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(full, b"x" * 4096)
-        os.set_blocking(full, True)
+        fill(full)
         termios.tcflow(terminal, termios.TCOOFF)  # as Ctrl-S does
         wire, peer = socket.socketpair()
         self.addCleanup(wire.close)
         self.addCleanup(peer.close)
-        wire.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                wire.send(b"x" * 4096)
-        wire.setblocking(True)
+        fill(wire.fileno())
         server = Server(self)
         streams = {"a full pipe": full, "a stopped terminal": terminal, "a socket": wire.fileno()}
         for case, stream in streams.items():
@@ -118,10 +109,7 @@ class ClientWords(ClientTest):
     def test_a_receipt_is_waited_for(self):
         receiver, full = os.pipe()
         self.addCleanup(os.close, receiver)
-        os.set_blocking(full, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(full, b"x" * 4096)
+        fill(full)
         server = Server(self)
         self.path("events.jsonl", EVENT)
         command = [sys.executable, HERE / "client.py", "--url", server.url]

@@ -12,7 +12,7 @@ from tests.tools import SystemTest
 from tests.tools_database import empty_tables, query, setUpModule, terminate_backends
 from tests.tools_events import EVENT, with_id
 from tests.tools_faults import FaultyConnection
-from tests.tools_parts import apply, captured, opened_follower, poll, run_patched, small_slices
+from tests.tools_parts import apply, captured, opened_follower, poll, small_slices
 
 
 class ExactlyOnce(SystemTest):
@@ -74,14 +74,13 @@ class ExactlyOnce(SystemTest):
             with self.assertRaises(data_processor.SyncFailed) as raised:
                 follower.follow()
         self.assertTrue(str(raised.exception).startswith(words))
-        run = run_patched(
+        patch = (
             "import errno\n"
             "def broken(fd): raise OSError(errno.EIO, 'broken')\n"
-            "data_processor.sync_file = broken",
-            log,
+            "data_processor.sync_file = broken"
         )
-        output, errors = run.communicate(timeout=60)
-        self.assertEqual((run.returncode, output), (1, ""))
+        output, errors = self.processor(log, status=1, patch=patch)
+        self.assertEqual(output, "")
         self.assertTrue(errors.startswith(words), errors)
         self.assertEqual(query("SELECT * FROM event_producers"), [])
         self.assertEqual(query("SELECT * FROM event_logs"), [])

@@ -22,7 +22,7 @@ from tests.tools_database import (
     waiting,
 )
 from tests.tools_events import EVENT, with_id
-from tests.tools_parts import captured, opened_follower, poll, run_patched
+from tests.tools_parts import captured, opened_follower, poll
 
 SOON = "data_processor.POLL_SECONDS = 0.1"
 
@@ -120,9 +120,8 @@ class Following(SystemTest):
         )
         for mode in ([], ["--verify"]):
             with self.subTest(mode):
-                run = self.run_patched("data_processor", broken, *mode, log)
-                self.assertEqual(run.returncode, 1)
-                self.assertEqual(run.stderr, f"{self.directory}: Permission denied.\n")
+                _, errors = self.processor(*mode, log, status=1, patch=broken)
+                self.assertEqual(errors, f"{self.directory}: Permission denied.\n")
         self.assertRevenue({"user1": 1})
 
     def test_other_files_beside_a_log_are_no_logs(self):
@@ -161,7 +160,7 @@ class Following(SystemTest):
         for number in range(90):
             self.path(f"log.{number}", with_id(f"p{number}", 1))
         limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
-        follower = run_patched(f"{limit}\n{SOON}", "--follow", "log", cwd=self.directory)
+        follower = self.start("data_processor.py", "--follow", "log", patch=f"{limit}\n{SOON}")
         try:
             self.path("log", with_id("p", 1))
             wait_until(

@@ -183,10 +183,9 @@ class Logs(SystemTest):
         }
         for place, (patch, words) in places.items():
             with self.subTest(place):
-                run = self.run_patched("data_processor", patch, log)
+                _, errors = self.processor(log, status=1, patch=patch)
                 advice = "no room for a temporary file (TMPDIR names another directory)"
-                self.assertEqual(run.stderr, f"{log}: {words}: {advice}.\n")
-                self.assertEqual(run.returncode, 1)
+                self.assertEqual(errors, f"{log}: {words}: {advice}.\n")
         self.assertRevenue({})
 
     def test_a_compressed_log_is_decompressed_once(self):

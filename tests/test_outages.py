@@ -9,7 +9,6 @@ import psycopg2.extensions
 from tests.tools import SystemTest, free_port, wait_until
 from tests.tools_database import locked_users, query, setUpModule, waiting
 from tests.tools_events import EVENT, with_id
-from tests.tools_parts import run_patched
 
 
 class Outages(SystemTest):
@@ -55,7 +54,7 @@ class Outages(SystemTest):
     def test_the_reason_why_a_backend_ended_in_mid_statement_is_told(self):
         log = self.path("log", with_id("p", 1))
         with locked_users():
-            run = run_patched("data_processor.ATTEMPTS = 1", log)
+            run = self.start("data_processor.py", log, patch="data_processor.ATTEMPTS = 1")
             (backend,) = wait_until(waiting, "the processor waits")
             query("SELECT pg_terminate_backend(%s)", [backend])
             _, errors = run.communicate(timeout=30)

@@ -8,9 +8,8 @@ import threading
 import unittest.mock
 
 import data_processor
-from tests.test_waiting import fill, open_transaction
-from tests.tools import SystemTest, wait_until
-from tests.tools_database import query, setUpModule, waiting  # noqa: F401
+from tests.tools import SystemTest, fill, wait_until
+from tests.tools_database import open_transaction, setUpModule, waiting  # noqa: F401
 from tests.tools_events import with_id
 from tests.tools_parts import captured
 

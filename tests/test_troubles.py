@@ -8,7 +8,7 @@ import data_processor
 from tests.tools import SystemTest
 from tests.tools_database import query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
-from tests.tools_parts import captured, run_patched
+from tests.tools_parts import captured
 
 
 class OneTrouble(SystemTest):
@@ -76,9 +76,8 @@ class OneTrouble(SystemTest):
             "    opening(self, path)\n"
             "data_processor.LogReader.__init__ = vanish"
         )
-        run = run_patched(vanish, log)
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual((run.returncode, errors), (0, ""))
+        _, errors = self.processor(log, patch=vanish)
+        self.assertEqual(errors, "")
         self.assertFalse(vanishing.exists())
         self.assertRevenue({"user1": 1})
 
@@ -93,8 +92,8 @@ class OneTrouble(SystemTest):
                     "data_processor.sync_file = no_sync" % name
                 )
                 log = self.path("log", with_id("p", 1))
-                run = run_patched(no_sync, log)
-                self.assertEqual(run.communicate(timeout=30)[1], "")
+                _, errors = self.processor(log, patch=no_sync)
+                self.assertEqual(errors, "")
                 self.assertRevenue({"user1": 1})
 
     def test_a_log_that_is_truncated_while_it_is_read_stops_only_itself(self):
@@ -108,9 +107,7 @@ class OneTrouble(SystemTest):
             "    return count_once(sql, log, tallies)\n"
             "data_processor.count_once = cut"
         )
-        run = run_patched(cut, self.path("log"))
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual(run.returncode, 1)
+        _, errors = self.processor(self.path("log"), status=1, patch=cut)
         self.assertIn("log.1: was changed while it was read", errors)
         self.assertRevenue({"user1": 1})
 
@@ -133,9 +130,7 @@ class OneTrouble(SystemTest):
             "data_processor.Applier.__init__ = small"
         )
         self.assertGreater(log.stat().st_size, 1024 * 1024)
-        run = run_patched(die, log)
-        _, errors = run.communicate(timeout=60)
-        self.assertEqual(run.returncode, 0, errors)
+        self.processor(log, patch=die)
         self.assertRevenue({"user1": 20_000})
 
     def test_a_missing_process_is_not_blamed_on_the_log(self):
@@ -146,9 +141,7 @@ class OneTrouble(SystemTest):
             "def no_fork(self): raise OSError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
             "multiprocessing.get_context('fork').Process.start = no_fork"
         )
-        run = run_patched(no_fork, log)
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual(run.returncode, 1)
+        _, errors = self.processor(log, status=1, patch=no_fork)
         self.assertEqual(
             errors, "No child process can start: Resource temporarily unavailable.\n"
         )

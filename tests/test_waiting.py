@@ -1,4 +1,5 @@
 """A processor waits for nobody without a bound and a word."""
+
 import contextlib
 import fcntl
 import os
@@ -12,24 +13,21 @@ import unittest.mock
 import psycopg2
 
 import data_processor
-from tests.tools import SystemTest, alive, children_of, open_terminal, wait_until
-from tests.tools_database import query, setUpModule, waiting, stopped_backend
+from tests.tools import SystemTest, alive, children_of, fill, open_terminal, wait_until
+from tests.tools_database import (
+    open_transaction,
+    query,
+    setUpModule,
+    stopped_backend,
+    waiting,
+)
 from tests.tools_events import with_id
-from tests.tools_parts import captured, run_patched
+from tests.tools_parts import captured
 
 
 def settings(**values):
     """Return a context with other settings in this process."""
     return unittest.mock.patch.multiple(data_processor, **values)
-
-
-@contextlib.contextmanager
-def open_transaction(statement):
-    """Return a context in which somebody has executed a statement and does not commit."""
-    connection = psycopg2.connect(os.environ["DATABASE_URL"])
-    with contextlib.closing(connection), connection.cursor() as sql:
-        sql.execute(statement)
-        yield connection
 
 
 def without_place(url):
@@ -81,12 +79,13 @@ class Locks(SystemTest):
         with open(log, "a", encoding="utf-8") as file:
             file.write(with_id("p", 2))
         with open_transaction("UPDATE users_revenue SET revenue = revenue") as connection:
-            run = run_patched("data_processor.LOCK_SECONDS = 0.2", log)
+            quick = "data_processor.LOCK_SECONDS = 0.2"
+            run = self.start("data_processor.py", log, patch=quick)
             self.assertIn("Waiting: users_revenue is locked", run.stderr.readline())
             connection.rollback()
-        self.assertEqual(run.wait(20), 0, run.communicate())
+        _, errors = run.communicate(timeout=30)
+        self.assertEqual(run.returncode, 0, errors)
         self.assertRevenue({"user1": 2})
-        run.communicate()
 
     def test_rows_that_are_deleted_while_they_are_waited_for_lose_nothing(self):
         log = self.path("log", with_id("a", 1) + with_id("p", 1))
@@ -137,18 +136,18 @@ class Locks(SystemTest):
         other = self.path("other", with_id("q", 1))
         with open(locked, "rb") as stranger:
             fcntl.flock(stranger, fcntl.LOCK_EX)
-            run = run_patched("data_processor.LogReader.find_end.__defaults__ = (0.1,)\n"
-                              "data_processor.LOCK_SECONDS = 0.1", locked, other)
-            _, errors = run.communicate(timeout=30)
-        self.assertEqual(run.returncode, 1)
+            quick = (
+                "data_processor.LogReader.find_end.__defaults__ = (0.1,)\n"
+                "data_processor.LOCK_SECONDS = 0.1"
+            )
+            _, errors = self.processor(locked, other, status=1, patch=quick)
         self.assertIn(f"{locked}: another program has held its lock", errors)
         self.assertRevenue({"user1": 1})
 
     def test_a_follower_goes_on_although_a_stranger_locks_a_renamed_log(self):
         log = self.path("server-events.jsonl", with_id("p", 1))
-        follower = run_patched("data_processor.LOCK_SECONDS = 0.3", "--follow", log)
-        self.addCleanup(follower.communicate)
-        self.addCleanup(follower.kill)
+        quick = "data_processor.LOCK_SECONDS = 0.3"
+        self.start("data_processor.py", "--follow", log, patch=quick)
         wait_until(lambda: query("SELECT 1 FROM users_revenue"), "it follows")
         with open(log, "rb") as stranger:
             fcntl.flock(stranger, fcntl.LOCK_EX)
@@ -177,9 +176,7 @@ class StandStill(SystemTest):
             "    send_tally(*arguments)\n"
             "data_processor.send_tally = stopped_once"
         )
-        run = run_patched(stop, log)
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual(run.returncode, 0, errors)
+        self.processor(log, patch=stop)
         self.assertEqual(self.path("stopped").read_text(), "xx", "a child was stopped once")
         self.assertRevenue({"user1": 1})
 
@@ -194,9 +191,7 @@ class StandStill(SystemTest):
             "    os.kill(os.getpid(), signal.SIGSTOP)\n"
             "data_processor.send_tally = half"
         )
-        run = run_patched(stop, log)
-        _, errors = run.communicate(timeout=30)
-        self.assertEqual(run.returncode, 1)
+        _, errors = self.processor(log, status=1, patch=stop)
         self.assertIn("stood still for 0.5 seconds", errors)
         self.assertRevenue({})
 
@@ -210,7 +205,7 @@ class StandStill(SystemTest):
             "    send_tally(*arguments)\n"
             "data_processor.send_tally = stopped"
         )
-        run = run_patched(stop, log)
+        run = self.start("data_processor.py", log, patch=stop)
         (child,) = wait_until(lambda: children_of(run.pid), "there is a child")
 
         def is_stopped():
@@ -280,9 +275,7 @@ class StandStill(SystemTest):
             "    return count_once(sql, log, tallies)\n"
             "data_processor.count_once = count"
         )
-        run = run_patched(slow, log)
-        _, errors = run.communicate(timeout=60)
-        self.assertEqual(run.returncode, 0, errors)
+        self.processor(log, patch=slow)
         self.assertRevenue({"user1": 5000})
 
     def test_the_network_is_watched_while_data_is_unacknowledged(self):
@@ -296,7 +289,7 @@ class StandStill(SystemTest):
         log = self.path("log", lines)
         stop = (
             "import os, signal\n"
-            "data_processor.IDLE_SECONDS = 1\n"
+            "data_processor.IDLE_SECONDS = 4\n"
             "make = data_processor.NewIds._make\n"
             "def stop_once(row):\n"
             "    data_processor.NewIds._make = make\n"
@@ -304,7 +297,7 @@ class StandStill(SystemTest):
             "    return make(row)\n"
             "data_processor.NewIds._make = stop_once"
         )
-        stopped = run_patched(stop, log)
+        stopped = self.start("data_processor.py", log, patch=stop)
         _, status = os.waitpid(stopped.pid, os.WUNTRACED)
         self.assertTrue(os.WIFSTOPPED(status))
         try:
@@ -352,15 +345,3 @@ class Output(SystemTest):
                 data_processor.show_progress("x" * 100)
         self.assertEqual(os.read(reading, 1000), b"\r\x1b[K" + b"x" * 19)
         os.close(reading)
-
-
-def fill(fd):
-    """Write to a pipe or terminal until it takes nothing more."""
-    os.set_blocking(fd, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(fd, b"x" * 1000)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(fd, b"x")
-    os.set_blocking(fd, True)

@@ -1,6 +1,7 @@
 """The scripts as processes, and what every test needs."""
 
 import contextlib
+import faulthandler
 import http.client
 import json
 import os
@@ -19,10 +20,14 @@ from pathlib import Path
 import psycopg2.extensions
 
 from tests.tools_database import HERE, drop_tables, query
+from tests.tools_events import TORTURE_SECONDS
 from tests.tools_http import read_answer
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 CREATE_TABLE = (HERE / "create_table.sql").read_text(encoding="utf-8")
+
+# A test that takes longer hangs: it ends the run, and says where each thread stands.
+HANG_SECONDS = 600 + TORTURE_SECONDS
 
 # How what a script prints is read, whatever the locale of the tests.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
@@ -78,6 +83,18 @@ def open_terminal():
         return os.openpty()
     except OSError as error:
         raise AssertionError(f"No terminal can be opened here: mount devpts ({error}).") from None
+
+
+def fill(fd):
+    """Write to a pipe or terminal until it takes nothing more."""
+    os.set_blocking(fd, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, b"x" * 1000)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, b"x")
+    os.set_blocking(fd, True)
 
 
 def run_in_child(action):
@@ -217,6 +234,8 @@ class SystemTest(unittest.TestCase):
 
     def setUp(self):
         """Make the directory and the tables."""
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=sys.__stderr__)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
         psycopg2.extensions.set_wait_callback(None)  # the process's, of an earlier test
         self.directory = Path(tempfile.mkdtemp(prefix="events-test-"))
         self.addCleanup(shutil.rmtree, self.directory)
@@ -273,18 +292,6 @@ class SystemTest(unittest.TestCase):
     def processor(self, *logs, **options):
         """Run data_processor.py."""
         return self.run_script("data_processor.py", *logs, **options)
-
-    def run_patched(self, module, patch, *arguments, **environment):
-        """Run a script to its end after some lines of Python have changed it."""
-        script, path = patched(module, patch)
-        return subprocess.run(
-            [sys.executable, *script, *map(str, arguments)],
-            cwd=self.directory,
-            env=os.environ | path | environment,
-            capture_output=True,
-            timeout=120,
-            **TEXT,
-        )
 
     def assertRevenue(self, expected):
         """Check the whole table."""

@@ -176,11 +176,17 @@ def waiting():
 
 
 @contextlib.contextmanager
+def open_transaction(statement):
+    """Return a context with a connection on which a statement was executed, and which does not
+    commit by itself."""
+    with contextlib.closing(connect()) as connection, connection.cursor() as sql:
+        sql.execute(statement)
+        yield connection
+
+
 def locked_users():
     """Return a context in which everyone else waits for users_revenue."""
-    with contextlib.closing(connect()) as connection, connection.cursor() as sql:
-        sql.execute("LOCK TABLE users_revenue")
-        yield
+    return open_transaction("LOCK TABLE users_revenue")
 
 
 def terminate_backends():

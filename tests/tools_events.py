@@ -13,7 +13,7 @@ EVENT = b'{"userId": "user1", "name": "add_revenue", "value": 1}'
 # Whatever is random begins with this seed; a test that fails prints it.
 TORTURE_SEED = int(os.environ.get("TORTURE_SEED") or secrets.randbelow(10**6))
 
-TORTURE_SECONDS = float(os.environ.get("TORTURE_SECONDS", "20"))
+TORTURE_SECONDS = float(os.environ.get("TORTURE_SECONDS", "10"))
 
 
 def with_id(producer, sequence, user="user1", value=1):

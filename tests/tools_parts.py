@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import unittest
@@ -13,7 +11,6 @@ from decimal import Decimal
 import client as client_module
 import data_processor
 import server as server_module
-from tests.tools import patched
 
 
 @contextlib.contextmanager
@@ -151,16 +148,3 @@ def normal(line):
     if line.kind == b"subtract":
         amount = amount.copy_negate()
     return line.user, amount, line.producer, line.sequence
-
-
-def run_patched(patch, *arguments, **options):
-    """Start data_processor.py after lines of Python have changed it; return the process."""
-    command, environment = patched("data_processor", patch)
-    return subprocess.Popen(
-        [sys.executable, *command, *map(str, arguments)],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
