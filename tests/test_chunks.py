@@ -287,3 +287,23 @@ class Chunks(SystemTest):
         with small_slices(2, tally_slice=slow, ATTEMPTS=1):
             self.assertRaises(data_processor.ChildDied, apply, log)
         self.assertLessEqual(set(children_of(os.getpid())), before)
+
+    def test_an_edit_far_before_the_position_is_noticed_between_the_tallies(self):
+        known = with_id("p", 2)
+        repeats = known * (data_processor.DIGEST_BYTES // len(known) + 2)
+        self.processor(self.path("known", known))
+        log = self.path("log", with_id("p", 1) + known + with_id("p", 3) + repeats)
+        edited = with_id("p", 1) + known + with_id("p", 9) + repeats
+        mark_lines = data_processor.mark_lines
+        edits = []
+
+        def edit(*arguments):
+            if not edits:
+                edits.append(log.write_text(edited, encoding="utf-8"))
+            return mark_lines(*arguments)
+
+        with captured() as printed, unittest.mock.patch.object(data_processor, "mark_lines", edit):
+            self.assertFalse(data_processor.run([str(log)]))
+            self.assertEqual(len(edits), 1)
+            self.assertIn("was changed while it was read", printed())
+        self.assertRevenue({"user1": 1})

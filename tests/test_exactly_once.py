@@ -8,8 +8,15 @@ import unittest.mock
 import psycopg2
 
 import data_processor
-from tests.tools import SystemTest
-from tests.tools_database import empty_tables, query, setUpModule, terminate_backends
+from tests.tools import SystemTest, wait_until
+from tests.tools_database import (
+    empty_tables,
+    open_transaction,
+    query,
+    setUpModule,
+    terminate_backends,
+    waiting,
+)
 from tests.tools_events import EVENT, with_id
 from tests.tools_faults import FaultyConnection
 from tests.tools_parts import apply, captured, opened_follower, poll, small_slices
@@ -60,6 +67,24 @@ class ExactlyOnce(SystemTest):
         self.assertIn("1 applied, 2,000 repeated", output)
         self.assertRevenue({"user1": 2001})
         self.assertEqual(query("SELECT position FROM event_logs"), [(log.stat().st_size,)])
+
+    def test_a_position_that_is_deleted_while_it_is_waited_for_is_begun_anew(self):
+        self.processor(self.path("other", with_id("q", 1) + with_id("q", 2)))
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        position = log.stat().st_size
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(with_id("p", 2))
+        with open_transaction("SELECT FROM event_logs FOR UPDATE") as connection:
+            run = self.start("data_processor.py", log)
+            wait_until(waiting, "it waits for the position")
+            with connection.cursor() as sql:
+                sql.execute("DELETE FROM event_logs WHERE position = %s", [position])
+                self.assertEqual(sql.rowcount, 1)
+            connection.commit()
+        _, errors = run.communicate(timeout=30)
+        self.assertEqual((run.returncode, errors), (0, ""))
+        self.assertRevenue({"user1": 4})
 
     def test_what_is_counted_was_synced_before(self):
         log = self.path("log", with_id("p", 1))

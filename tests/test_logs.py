@@ -303,3 +303,12 @@ class Logs(SystemTest):
             server.truncate(len(with_id("p", 1)))
         self.assertEqual(processor.wait(20), 0)
         self.assertRevenue({"user1": 1})
+
+    def test_a_log_that_was_cut_has_its_new_bad_lines_named(self):
+        log = self.path("log", "bad one\n" * 50 + with_id("p", 1))
+        with captured() as printed, opened_follower(log) as follower:
+            poll(follower)
+            before = len(printed())
+            log.write_text("bad two\n" + with_id("p", 2), encoding="utf-8")
+            poll(follower)
+            self.assertIn("byte 0: not JSON", printed()[before:])

@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
+import threading
 import unittest
 import unittest.mock
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import psycopg2
 
 import data_processor
-from tests.tools import SystemTest, free_port
+from tests.tools import SystemTest, fill, free_port
 from tests.tools_database import HERE, empty_tables, query, setUpModule
 from tests.tools_events import EVENT, with_id
 
@@ -178,3 +180,26 @@ class Printing(SystemTest):
             )
             self.assertRegex(run.stderr, "\\A.*needs Linux or macOS.*\n\\Z")
             self.assertEqual(run.returncode, 1)
+
+
+class SlowReaders(SystemTest):
+    """A reader that is only slow is waited for; one that reads nothing is not."""
+
+    def test_a_reader_that_takes_its_time_is_waited_for(self):
+        reading, writing = os.pipe()
+        fill(writing)
+        reader = threading.Timer(0.3, os.read, [reading, 65536])
+        reader.start()
+        with open(writing, "w", encoding="utf-8") as stream:
+            self.assertTrue(data_processor.write(stream, "x" * 1000, 20))
+        reader.join()
+        os.close(reading)
+
+    def test_a_socket_that_nobody_reads_delays_nothing(self):
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            fill(writer.fileno())
+            log = self.path("log", with_id("p", 1))
+            command = [sys.executable, data_processor.__file__, log]
+            subprocess.run(command, stdout=writer, timeout=20, check=True)
+        self.assertRevenue({"user1": 1})

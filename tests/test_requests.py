@@ -68,7 +68,7 @@ class Requests(ClientTest):
             [future] = futures
             steps[future] += 1
             if steps[future] > 2:
-                wait_until(lambda: future.done() or is_refused.is_set(), "the request has an answer")
+                wait_until(lambda: future.done() or is_refused.is_set(), "it is answered")
                 return real(futures, 0)
             return real([], 0)._replace(done=[])
 

@@ -221,6 +221,12 @@ class Server:
         status, _, answer = self.ask("POST", "/liveEvent", body, fields)
         return status, json.loads(answer)
 
+    def revenue_of(self, user):
+        """Return (status, text) of the answer to a query for a user's revenue."""
+        quoted = "".join(f"%{byte:02X}" for byte in user.encode())
+        status, _, body = self.ask("GET", f"/userEvents/{quoted}")
+        return status, body.decode()
+
     def raw(self, *pieces):
         """Send bytes as they are and return (status, headers, body) of the answer."""
         with self.connect() as wire:
