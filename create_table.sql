@@ -1,37 +1,25 @@
 -- The whole schema. Safe to run again: what exists is kept, and it is checked whether it fits.
--- data_processor.py runs this whenever it connects, and before and after it counts.
+-- data_processor.py runs this when it connects, and before and after it counts: so that nothing is
+-- counted into tables that were altered, emptied or replaced meanwhile. A fault is one sentence
+-- that ends with what mends it. The sections:
+--
+--     The database                   its version and its encoding
+--     The tables that are missing    are created
+--     Whether a table was altered    since its shape was checked
+--     What each table must be        checked if one was altered
+--     The tables belong together     one that was emptied or replaced would count events twice
 DO $$
 DECLARE
-    -- data_processor.py --verify makes the tables there.
+    -- data_processor.py --verify sets this path. It counts into temporary tables, which are empty
+    -- and not checked.
     temporary constant boolean := current_setting('search_path') = 'pg_temp';
-    -- A user whom a trigger may change: lower case, trimmed or not in ASCII.
-    probe constant text := ' Pröbe, which create_table.sql tries and takes back ';
-    stored numeric;
-    written boolean := false;
-    fault text;
-    created text[] := '{}';
-    -- The next arrays are of users_revenue, event_producers and event_logs, in this order.
-    tables oid[];
-    files oid[];
-    stamps text[];  -- what their comments say of the tables that belong together
-    holds_now boolean[];  -- whether each holds what was counted
-    held_before boolean[];  -- whether it did when it was stamped
-    same_table boolean[];  -- whether it has the oid that it had then
-    same_file boolean[];  -- and the file
-    cluster text;
-    shape text;
-    state text;  -- what stands behind the id in a stamp
-    known_stamp text;
-    known text[];  -- its parts
-    same_database boolean;  -- whether they were stamped in this database
-    together boolean;
-    ids_are_lost boolean;  -- whether another table than users_revenue is at fault
-    may_stamp boolean;
-    recount_sql text;
-    begin_at_zero_sql text;
-    new_id text;
-    new_stamp text;
-    old_comment text;
+    created text[] := '{}';  -- the tables that were missing
+    tables oid[];  -- all three
+    relations oid[];  -- the three, and the partitions of those that are partitioned
+    shape text;  -- what the catalogue says of the relations, as a hash
+    stamp_pattern constant text := '\[event tables (\{[^]]*\})\]';
+    faults text[];
+    common_stamp text;  -- the stamp of the tables; NULL unless all three have the same one
 BEGIN
     -- ---- The database ----------------------------------------------------------------------
 
@@ -52,11 +40,15 @@ BEGIN
         IF NOT temporary THEN
             -- Two that create the same table at once collide, even with IF NOT EXISTS.
             PERFORM pg_advisory_xact_lock(hashtext('create_table.sql'));
-            -- All three stand in one schema: where users_revenue is, if it is anywhere.
+            -- All three stand in one schema: where one of them is already, if it is anywhere. The
+            -- path is kept until the transaction ends.
             PERFORM set_config('search_path', quote_ident(nspname), true)
             FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-            WHERE pg_class.oid = to_regclass('users_revenue');
+            WHERE pg_class.oid = coalesce(to_regclass('users_revenue'),
+                                          to_regclass('event_producers'),
+                                          to_regclass('event_logs'));
         END IF;
+
         -- The result: one row a user. NUMERIC without precision never rounds. Half of each page
         -- is left free so that an update stays on its page and touches no index (measured: half
         -- the time of an update in full pages).
@@ -94,325 +86,465 @@ BEGIN
         RETURN;
     END IF;
 
-    -- ---- Whether anything has changed ------------------------------------------------------
+    -- ---- Whether a table was altered -------------------------------------------------------
 
-    -- The comment of each table ends with the same stamp: [events ID CLUSTER OIDS FILES SHAPE
-    -- HELD]. ID is random. OIDS and FILES are those that the three tables had when they were
-    -- checked; in another CLUSTER (or database) they mean nothing. SHAPE says what the catalogue
-    -- said of them, HELD which of them held what was counted. If all of that is as it was, the
-    -- tables were checked as they are.
+    -- The comment of each table ends with the same stamp: [event tables {...}]. It holds, as JSON,
+    -- what the tables were when they were checked:
     --
-    -- xmin is the transaction that last wrote a row of the catalogue; VACUUM and ANALYZE update in
-    -- place and leave it. A changed function of a trigger, or type of a sequence, is not seen: it
-    -- is found at the next change of a table.
+    --     database            in which cluster, and in which database of it
+    --     shape               the hash below
+    --     and, for each table by its name:
+    --         oid, file       of the table, in that database
+    --         holds           whether anything was counted in it
+    --
+    -- The shape is made of xmin, the transaction that last wrote a row of the catalogue: whatever
+    -- alters a table writes one. VACUUM and ANALYZE update in place and leave xmin. What changes
+    -- the function of a trigger, or the type of a sequence, is not seen: it is found the next time
+    -- that a table is altered.
     tables := ARRAY['users_revenue'::regclass, 'event_producers'::regclass,
                     'event_logs'::regclass];
-    cluster := (SELECT system_identifier FROM pg_control_system()) || '.'
-               || (SELECT oid FROM pg_database WHERE datname = current_database());
+    relations := tables || ARRAY(SELECT relid::oid FROM unnest(tables) AS listed,
+                                 pg_partition_tree(listed) WHERE level > 0);
     shape := md5((
         SELECT string_agg(version::text, ' ' ORDER BY version::text)
         FROM (
-            SELECT 'table', oid, xmin FROM pg_class WHERE oid = ANY (tables)
+            SELECT 'table', oid, xmin FROM pg_class WHERE oid = ANY (relations)
             UNION ALL SELECT 'column ' || attnum, attrelid, xmin
-                FROM pg_attribute WHERE attrelid = ANY (tables)
+                FROM pg_attribute WHERE attrelid = ANY (relations)
             UNION ALL SELECT 'index', indexrelid, xmin
-                FROM pg_index WHERE indrelid = ANY (tables)
-            UNION ALL SELECT 'trigger', oid, xmin FROM pg_trigger WHERE tgrelid = ANY (tables)
-            UNION ALL SELECT 'rule', oid, xmin FROM pg_rewrite WHERE ev_class = ANY (tables)
-            UNION ALL SELECT 'heir', inhrelid, xmin
-                FROM pg_inherits WHERE inhparent = ANY (tables)
+                FROM pg_index WHERE indrelid = ANY (relations)
+            UNION ALL SELECT 'trigger', oid, xmin FROM pg_trigger WHERE tgrelid = ANY (relations)
+            UNION ALL SELECT 'rule', oid, xmin FROM pg_rewrite WHERE ev_class = ANY (relations)
+            UNION ALL SELECT 'child', inhrelid, xmin
+                FROM pg_inherits WHERE inhparent = ANY (relations)
         ) AS version));
-    FOR number IN 1..3 LOOP
-        stamps[number] := substring(obj_description(tables[number], 'pg_class')
-                                    FROM '\[events ([^]]*)\]');
-        files[number] := coalesce(pg_relation_filenode(tables[number]), 0);
-    END LOOP;
-    PERFORM FROM users_revenue LIMIT 1;
-    holds_now[1] := FOUND;
-    PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
-    holds_now[2] := FOUND;
-    PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
-    holds_now[3] := FOUND;
-    state := concat_ws(' ', cluster, array_to_string(tables, ' '), array_to_string(files, ' '),
-                       shape, array_to_string(holds_now, ' '));
-    -- known[1] is ID, [2] CLUSTER, [3..5] OIDS, [6..8] FILES, [9] SHAPE, [10..12] HELD (t or f).
-    -- known[1] is ID, [2] CLUSTER, [3..5] OIDS, [6..8] FILES, [9] SHAPE, [10..12] HELD (t or f).
-    known := string_to_array(stamps[1], ' ');
-    IF stamps[1] = known[1] || ' ' || state AND stamps[2] = stamps[1] AND stamps[3] = stamps[1] THEN
-        RETURN;
-    END IF;
+    SELECT min(stamp) INTO common_stamp
+    FROM pg_description, substring(description FROM stamp_pattern) AS stamp
+    WHERE objoid = ANY (tables) AND classoid = 'pg_class'::regclass AND objsubid = 0
+    HAVING count(stamp) = 3 AND count(DISTINCT stamp) = 1;
 
     -- ---- What each table must be -----------------------------------------------------------
 
-    IF (SELECT count(DISTINCT relnamespace) > 1 FROM pg_class WHERE oid = ANY (tables)) THEN
-        RAISE EXCEPTION 'users_revenue, event_producers and event_logs are in different '
-            'schemas; set search_path so that all three are found in one: ALTER ROLE NAME SET '
-            'search_path = SCHEMA';
-    END IF;
+    -- Row level security hides no row. This depends on the role, too, so it is checked every time.
+    DECLARE
+        listed regclass;
+    BEGIN
+        FOREACH listed IN ARRAY tables LOOP
+            CONTINUE WHEN NOT row_security_active(listed);
+            IF NOT EXISTS (
+                SELECT FROM pg_policy, unnest(polroles) AS granted
+                WHERE polrelid = listed AND polpermissive AND polcmd = '*'
+                AND pg_get_expr(polqual, polrelid) = 'true'
+                AND (granted = 0 OR pg_has_role(granted, 'USAGE'))
+            ) THEN
+                RAISE EXCEPTION '% has row level security, which may hide rows from %; mend it '
+                    'with: CREATE POLICY every_row_for_events ON % TO % USING (true)', listed,
+                    current_user, listed, quote_ident(current_user);
+            END IF;
+        END LOOP;
+    END;
 
-    -- A permanent table, ordinary or partitioned, without heirs and rules. (The branches of CASE
-    -- and the condition below list the same cases.)
-    SELECT format(CASE
-            WHEN relkind NOT IN ('r', 'p') THEN
-                '%1$s is no table; rename it, so that a table can be created'
-            WHEN relpersistence = 'u' THEN
-                '%1$s is emptied when PostgreSQL crashes; mend it with: ALTER TABLE %1$s '
-                'SET LOGGED'
-            WHEN relpersistence <> 'p' THEN
-                '%1$s is temporary and hides the real one; mend it with: DROP TABLE pg_temp.%1$s'
-            WHEN relkind = 'r' AND EXISTS (SELECT FROM pg_inherits
-                                           WHERE inhparent = pg_class.oid) THEN
-                '%1$s has heirs, whose rows it would show as its own; mend it with: '
-                'ALTER TABLE %2$s NO INHERIT %1$s'
-            ELSE
-                '%1$s has a rule, which changes what is written; mend it with: DROP RULE %3$I '
-                'ON %1$s'
-        END, relname,
-        (SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = pg_class.oid LIMIT 1),
-        (SELECT rulename FROM pg_rewrite WHERE ev_class = pg_class.oid LIMIT 1)) INTO fault
-    FROM pg_class
-    WHERE oid = ANY (tables) AND (
-        relkind NOT IN ('r', 'p') OR relpersistence <> 'p'
-        OR (relkind = 'r' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = pg_class.oid))
-        OR EXISTS (SELECT FROM pg_rewrite WHERE ev_class = pg_class.oid))
-    ORDER BY array_position(tables, oid) LIMIT 1;
-    IF fault IS NOT NULL THEN
-        RAISE EXCEPTION '%', fault;
-    END IF;
+    -- Each check adds a sentence for each fault that it finds; the first one is raised. All of this
+    -- was checked before if the stamp has this shape.
+    IF common_stamp IS NULL OR strpos(common_stamp, shape) = 0 THEN
+        faults := ARRAY(
+            SELECT 'users_revenue, event_producers and event_logs are in different schemas; set '
+                'search_path so that all three are found in one: ALTER ROLE NAME SET search_path '
+                '= SCHEMA'
+            FROM pg_class WHERE oid = ANY (tables) HAVING count(DISTINCT relnamespace) > 1);
 
-    -- The columns, with types that hold every value exactly.
-    SELECT CASE WHEN attname IS NULL THEN
-            format('%s has no column %s; mend it with: ALTER TABLE %s ADD COLUMN %s %s',
-                   table_name, column_name, table_name, column_name, definition)
-        ELSE
-            format('%s keeps %s as %s, which cannot hold every value exactly; mend it with: '
-                   'ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s::%s',
-                   table_name, column_name, format_type(atttypid, atttypmod), table_name,
-                   column_name, type_name, column_name, type_name)
-        END INTO fault
-    FROM (VALUES
-        (1, 'users_revenue', 'revenue', 'numeric', 'numeric NOT NULL DEFAULT 0'),
-        (2, 'event_producers', 'producer_id', 'text', 'text COLLATE "C" PRIMARY KEY'),
-        (3, 'event_producers', 'applied', 'int8multirange',
-         'int8multirange NOT NULL DEFAULT ''{}'''),
-        (4, 'event_logs', 'log_id', 'bytea', 'bytea PRIMARY KEY'),
-        (5, 'event_logs', 'position', 'bigint', 'bigint NOT NULL DEFAULT 0'),
-        (6, 'event_logs', 'digest', 'bytea', 'bytea NOT NULL DEFAULT sha256('''')')
-    ) AS required (number, table_name, column_name, type_name, definition)
-    LEFT JOIN pg_attribute ON attrelid = table_name::regclass AND attname = column_name
-        AND NOT attisdropped
-    WHERE attname IS NULL OR atttypid <> type_name::regtype OR atttypmod <> -1
-    ORDER BY number LIMIT 1;
-    IF fault IS NOT NULL THEN
-        RAISE EXCEPTION '%', fault;
-    END IF;
+        -- Each is a permanent table, ordinary (r) or partitioned (p).
+        faults := faults || ARRAY(
+            SELECT format('%s is no table; rename it, so that a table can be created', relname)
+            FROM pg_class WHERE oid = ANY (tables) AND relkind NOT IN ('r', 'p'));
+        faults := faults || ARRAY(
+            SELECT format('%1$s is temporary and hides the real one; mend it with: DROP TABLE '
+                          'pg_temp.%1$s', relname)
+            FROM pg_class WHERE oid = ANY (tables) AND relpersistence = 't');
+        faults := faults || ARRAY(
+            SELECT format('%1$s is emptied when PostgreSQL crashes; mend it with: ALTER TABLE '
+                          '%1$s SET LOGGED', oid::regclass)
+            FROM pg_class WHERE oid = ANY (relations) AND relkind = 'r' AND relpersistence = 'u');
 
-    -- user_id tells 255 characters apart, each from every other.
-    SELECT CASE WHEN attname IS NULL THEN
-            'users_revenue has no column user_id; mend it with: ALTER TABLE users_revenue '
-            'ADD COLUMN user_id text COLLATE "C" UNIQUE'
-        ELSE
-            format('users_revenue keeps user_id as %s%s, which cannot hold every user or tell '
-                   'all of them apart; mend it with: ALTER TABLE users_revenue ALTER COLUMN '
-                   'user_id TYPE text COLLATE "C"', format_type(atttypid, atttypmod),
-                   ' with the collation ' || quote_ident(collname))
-        END INTO fault
-    FROM (VALUES ('user_id')) AS required (column_name)
-    LEFT JOIN pg_attribute ON attrelid = tables[1] AND attname = column_name
-        AND NOT attisdropped
-    LEFT JOIN pg_collation ON pg_collation.oid = attcollation
-    WHERE attname IS NULL OR NOT collisdeterministic
-        OR NOT (atttypid = 'text'::regtype OR (atttypid = 'varchar'::regtype
-                AND (atttypmod = -1 OR atttypmod - 4 >= 255)));
-    IF fault IS NOT NULL THEN
-        RAISE EXCEPTION '%', fault;
-    END IF;
+        -- It shows no rows of others, and keeps what is written. (A trigger of a partition alone
+        -- cannot be tried, as those of the tables are below.)
+        faults := faults || ARRAY(
+            SELECT format('%1$s has the inheritance child %2$s, whose rows it would show as its '
+                          'own; mend it with: ALTER TABLE %2$s NO INHERIT %1$s',
+                          inhparent::regclass, inhrelid::regclass)
+            FROM pg_inherits JOIN pg_class ON pg_class.oid = inhparent
+            WHERE inhparent = ANY (tables) AND relkind = 'r');
+        faults := faults || ARRAY(
+            SELECT format('%1$s has a rule, which changes what is written; mend it with: '
+                          'DROP RULE %2$I ON %1$s', ev_class::regclass, rulename)
+            FROM pg_rewrite WHERE ev_class = ANY (tables));
+        faults := faults || ARRAY(
+            SELECT format('The partition %1$s is a foreign table; mend it with: ALTER TABLE %2$s '
+                          'DETACH PARTITION %1$s', inhrelid::regclass, inhparent::regclass)
+            FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
+            WHERE inhrelid = ANY (relations) AND relkind = 'f');
+        faults := faults || ARRAY(
+            SELECT format('The partition %1$s has a trigger of its own, which may change what is '
+                          'written; mend it with: ALTER TABLE %1$s DISABLE TRIGGER %2$I',
+                          tgrelid::regclass, tgname)
+            FROM pg_trigger
+            WHERE tgrelid = ANY (relations) AND tgrelid <> ALL (tables) AND tgparentid = 0
+            AND NOT tgisinternal AND tgenabled <> 'D');
 
-    -- user_id alone has a unique key that ON CONFLICT accepts: not partial, not deferrable (one
-    -- deferrable key spoils the others), and none that takes two users for one.
-    WITH keys AS (
-        SELECT indexrelid, conname, indimmediate,
-            indisvalid AND indpred IS NULL AND indexprs IS NULL AS accepted,
-            coalesce((SELECT collisdeterministic FROM pg_collation
-                      WHERE pg_collation.oid = indcollation[0]), true) AS exact
-        FROM pg_index
-        JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
-        LEFT JOIN pg_constraint ON conindid = indexrelid AND contype IN ('p', 'u')
-        WHERE indrelid = tables[1] AND indisunique AND indnkeyatts = 1 AND attname = 'user_id'
-    )
-    SELECT CASE
-        WHEN EXISTS (SELECT FROM keys WHERE NOT exact) THEN
-            (SELECT format('users_revenue has the unique key %s, which takes different users '
-                           'for one; mend it with: %s', indexrelid::regclass,
-                           coalesce('ALTER TABLE users_revenue DROP CONSTRAINT '
-                                    || quote_ident(conname),
-                                    'DROP INDEX ' || indexrelid::regclass))
-             FROM keys WHERE NOT exact LIMIT 1)
-        WHEN EXISTS (SELECT FROM keys WHERE NOT indimmediate) THEN
-            (SELECT format('users_revenue has a deferrable unique key, which ON CONFLICT refuses; '
-                           'mend it with: ALTER TABLE users_revenue DROP CONSTRAINT %I, '
-                           'ADD UNIQUE (user_id)', conname)
-             FROM keys WHERE NOT indimmediate ORDER BY conname LIMIT 1)
-        WHEN NOT EXISTS (SELECT FROM keys WHERE accepted) THEN
-            'users_revenue has no unique key on user_id; mend it with: '
-            'ALTER TABLE users_revenue ADD UNIQUE (user_id)'
-        END INTO fault;
-    IF fault IS NOT NULL THEN
-        RAISE EXCEPTION '%', fault;
-    END IF;
+        -- The columns hold every value exactly, and tell all keys apart. In event_producers and
+        -- event_logs, what INSERT does not give has a default and is never NULL.
+        faults := faults || ARRAY(
+            WITH required (table_name, name, type, collation_clause, default_value) AS (VALUES
+                ('users_revenue', 'user_id', 'text', ' COLLATE "C"', NULL),
+                ('users_revenue', 'revenue', 'numeric', '', '0'),
+                ('event_producers', 'producer_id', 'text', ' COLLATE "C"', NULL),
+                ('event_producers', 'applied', 'int8multirange', '', '''{}'''),
+                ('event_logs', 'log_id', 'bytea', '', NULL),
+                ('event_logs', 'position', 'bigint', '', '0'),
+                ('event_logs', 'digest', 'bytea', '', 'sha256('''')')
+            ), columns AS (
+                SELECT required.*, atttypid, atttypmod, attcollation, attnotnull, atthasdef,
+                    attname IS NOT NULL AS exists,
+                    -- atttypmod is -1 without a length or precision; else the length plus 4.
+                    atttypid = type::regtype AND atttypmod = -1
+                    OR name = 'user_id' AND atttypid = 'varchar'::regtype
+                        AND (atttypmod = -1 OR atttypmod >= 255 + 4) AS fits,
+                    pg_get_expr(adbin, adrelid) AS old_default
+                FROM required
+                LEFT JOIN pg_attribute ON attrelid = table_name::regclass AND attname = name
+                    AND NOT attisdropped
+                LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+            )
+            SELECT format('%1$s has no column %2$s; mend it with: ALTER TABLE %1$s ADD COLUMN '
+                          '%2$s %3$s%4$s %5$s', table_name, name, type, collation_clause,
+                          coalesce('NOT NULL DEFAULT ' || default_value, 'UNIQUE'))
+            FROM columns WHERE NOT exists
+            UNION ALL
+            -- (PostgreSQL does not cast every default by itself.)
+            SELECT format('%1$s keeps %2$s as %3$s, which cannot hold every value exactly; mend '
+                          'it with: ALTER TABLE %1$s ', table_name, name,
+                          format_type(atttypid, atttypmod))
+                || CASE WHEN old_default IS NOT NULL
+                   THEN format('ALTER COLUMN %s DROP DEFAULT, ', name) ELSE '' END
+                || format('ALTER COLUMN %1$s TYPE %2$s%3$s USING %1$s::%2$s', name, type,
+                          collation_clause)
+                || CASE WHEN old_default IS NOT NULL
+                   THEN format(', ALTER COLUMN %s SET DEFAULT (%s)::%s', name, old_default, type)
+                   ELSE '' END
+            FROM columns WHERE NOT fits
+            UNION ALL
+            SELECT format('%1$s keeps %2$s as text with the collation %3$I, to which different '
+                          'values are equal; mend it with: ALTER TABLE %1$s ALTER COLUMN %2$s '
+                          'TYPE %4$s%5$s', table_name, name, collname, type, collation_clause)
+            FROM columns JOIN pg_collation ON pg_collation.oid = attcollation
+            WHERE NOT collisdeterministic
+            UNION ALL
+            SELECT format('%1$s needs a default for %2$s, and no NULL; mend it with: ALTER TABLE '
+                          '%1$s ALTER COLUMN %2$s SET DEFAULT %3$s, ALTER COLUMN %2$s SET NOT NULL',
+                          table_name, name, default_value)
+            FROM columns
+            WHERE table_name <> 'users_revenue' AND default_value IS NOT NULL
+            AND NOT (attnotnull AND atthasdef));
 
-    -- No column takes its value from a sequence that ends: every upsert uses up one, also for a
-    -- user who is there already. (DEFAULT nextval(): the default, a row of pg_attrdef, depends on
-    -- the sequence. IDENTITY: the sequence depends on the column, with deptype i.)
-    SELECT format('users_revenue uses up the sequence %s, which has less than 64 bits; mend it '
-                  'with: ALTER TABLE users_revenue ALTER COLUMN %I TYPE bigint; ALTER SEQUENCE '
-                  '%s AS bigint', seqrelid::regclass, attname, seqrelid::regclass) INTO fault
-    FROM pg_attribute
-    LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-    JOIN pg_depend ON (classid = 'pg_attrdef'::regclass AND objid = pg_attrdef.oid
-                       AND refclassid = 'pg_class'::regclass)
-        OR (classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass
-            AND refobjid = attrelid AND refobjsubid = attnum AND deptype = 'i')
-    JOIN pg_sequence ON seqrelid = CASE classid WHEN 'pg_attrdef'::regclass THEN refobjid
-                                   ELSE objid END
-    WHERE attrelid = tables[1] AND attnum > 0 AND NOT attisdropped
-        AND (seqtypid <> 'bigint'::regtype OR atttypid IN ('int'::regtype, 'smallint'::regtype))
-    LIMIT 1;
-    IF fault IS NOT NULL THEN
-        RAISE EXCEPTION '%', fault;
-    END IF;
+        -- The key is unique, by an index that ON CONFLICT accepts: valid, not partial, of this
+        -- column alone, and not deferrable (one deferrable index spoils the others). For
+        -- users_revenue ON CONFLICT names the column; for the other two it names none, and looks
+        -- at every unique index.
+        faults := faults || ARRAY(
+            WITH keys (table_name, column_name) AS (VALUES
+                ('users_revenue', 'user_id'),
+                ('event_producers', 'producer_id'),
+                ('event_logs', 'log_id')
+            ), indexes AS (
+                SELECT keys.*, indexrelid::regclass AS index, indimmediate AS is_immediate,
+                    indisvalid AND indpred IS NULL AS is_complete,
+                    indisunique AND indnkeyatts = 1 AND attname IS NOT NULL AS is_of_key,
+                    coalesce(collisdeterministic, true) AS is_exact,
+                    coalesce('ALTER TABLE ' || table_name || ' DROP CONSTRAINT '
+                             || quote_ident(conname),
+                             'DROP INDEX ' || indexrelid::regclass) AS removal
+                FROM keys
+                JOIN pg_index ON indrelid = table_name::regclass
+                    AND (indisunique OR indisexclusion)
+                LEFT JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+                    AND attname = column_name
+                LEFT JOIN pg_collation ON pg_collation.oid = indcollation[0]
+                LEFT JOIN pg_constraint ON conindid = indexrelid AND contype IN ('p', 'u', 'x')
+            )
+            SELECT format('%s has the unique key %s, which takes different rows for one; mend it '
+                          'with: %s', table_name, index, removal)
+            FROM indexes
+            WHERE is_of_key AND NOT is_exact OR NOT is_of_key AND table_name <> 'users_revenue'
+            UNION ALL
+            SELECT format('%s has a deferrable unique key, which ON CONFLICT refuses; mend it '
+                          'with: %s, ADD UNIQUE (%s)', table_name, removal, column_name)
+            FROM indexes WHERE is_of_key AND NOT is_immediate
+            UNION ALL
+            SELECT format('%1$s has no unique key on %2$s; mend it with: ALTER TABLE %1$s ADD '
+                          'UNIQUE (%2$s)', table_name, column_name)
+            FROM keys
+            WHERE NOT EXISTS (SELECT FROM indexes WHERE indexes.table_name = keys.table_name
+                              AND is_of_key AND is_complete));
 
-    -- A trigger that may change a row is tried: two amounts are added and taken back. (The
-    -- variables keep their values.)
-    IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = tables[1] AND NOT tgisinternal
-               AND tgenabled <> 'D') THEN
-        BEGIN
-            FOR number IN 1..2 LOOP
-                INSERT INTO users_revenue AS old (user_id, revenue)
-                VALUES (probe, 111111111111111111.111111111111111111)
-                ON CONFLICT (user_id) DO UPDATE SET revenue = old.revenue + excluded.revenue;
-            END LOOP;
-            SELECT revenue INTO stored FROM users_revenue WHERE user_id = probe;
-            written := true;
-            RAISE EXCEPTION USING ERRCODE = 'ZZZZZ';  -- takes the row back
-        EXCEPTION
-            WHEN OTHERS THEN NULL;  -- also when this user is refused: others may be let through
-        END;
-        IF written AND stored IS DISTINCT FROM 222222222222222222.222222222222222222 THEN
-            SELECT format('users_revenue has a trigger that changes what is written; mend it '
-                          'with: ALTER TABLE users_revenue DISABLE TRIGGER %I', tgname) INTO fault
-            FROM pg_trigger WHERE tgrelid = tables[1] AND NOT tgisinternal AND tgenabled <> 'D'
-            ORDER BY tgname LIMIT 1;
-            RAISE EXCEPTION '%', fault;
+        -- No column takes its value from a sequence that ends: every row that is inserted or
+        -- updated uses up one value.
+        faults := faults || ARRAY(
+            WITH uses (relation, column_number, sequence) AS (
+                -- DEFAULT nextval(): the default depends on the sequence.
+                SELECT adrelid, adnum, refobjid
+                FROM pg_attrdef JOIN pg_depend ON classid = 'pg_attrdef'::regclass
+                    AND objid = pg_attrdef.oid AND refclassid = 'pg_class'::regclass
+                WHERE adrelid = ANY (tables)
+                UNION ALL
+                -- IDENTITY: the sequence depends on the column.
+                SELECT refobjid, refobjsubid, objid
+                FROM pg_depend
+                WHERE classid = 'pg_class'::regclass AND deptype = 'i'
+                AND refclassid = 'pg_class'::regclass AND refobjid = ANY (tables)
+            )
+            SELECT format('%s uses up the sequence %s, which has less than 64 bits; mend it with: ',
+                          relation::regclass, seqrelid::regclass)
+                || concat_ws('; ', column_change, sequence_change)
+            FROM uses
+            JOIN pg_sequence ON seqrelid = sequence
+            JOIN pg_attribute ON attrelid = relation AND attnum = column_number,
+            LATERAL (SELECT
+                CASE WHEN atttypid IN ('int'::regtype, 'smallint'::regtype)
+                THEN format('ALTER TABLE %s ALTER COLUMN %I TYPE bigint', relation::regclass,
+                            attname) END,
+                CASE WHEN seqtypid <> 'bigint'::regtype
+                THEN format('ALTER SEQUENCE %s AS bigint', seqrelid::regclass) END
+            ) AS changes (column_change, sequence_change)
+            WHERE column_change IS NOT NULL OR sequence_change IS NOT NULL);
+
+        IF faults <> '{}' THEN
+            RAISE EXCEPTION '%', faults[1];
         END IF;
+
+        -- A trigger may change a row. So where there is one, a row is written and taken back: the
+        -- key is in mixed case, not trimmed and not in ASCII; a trigger may change any of that.
+        DECLARE
+            probe constant text := ' Pröbe, which create_table.sql tries and takes back ';
+            probe_log constant bytea := sha256(convert_to(probe, 'UTF8'));
+            tried record;
+            is_as_written boolean;
+        BEGIN
+            FOR tried IN
+                SELECT relname, min(tgname) AS trigger_name
+                FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid
+                WHERE tgrelid = ANY (tables) AND NOT tgisinternal AND tgenabled <> 'D'
+                GROUP BY relname
+            LOOP
+                is_as_written := NULL;
+                BEGIN
+                    IF tried.relname = 'users_revenue' THEN
+                        FOR attempt IN 1..2 LOOP
+                            INSERT INTO users_revenue AS old (user_id, revenue)
+                            VALUES (probe, 111111111111111111.111111111111111111)
+                            ON CONFLICT (user_id)
+                            DO UPDATE SET revenue = old.revenue + excluded.revenue;
+                        END LOOP;
+                        SET CONSTRAINTS ALL IMMEDIATE;  -- runs deferred triggers now
+                        is_as_written := EXISTS (
+                            SELECT FROM users_revenue WHERE user_id = probe
+                            AND revenue = 222222222222222222.222222222222222222);
+                    ELSIF tried.relname = 'event_producers' THEN
+                        INSERT INTO event_producers (producer_id) VALUES (probe);
+                        UPDATE event_producers SET applied = applied + '{[1,9)}'
+                        WHERE producer_id = probe;
+                        SET CONSTRAINTS ALL IMMEDIATE;
+                        is_as_written := EXISTS (
+                            SELECT FROM event_producers WHERE producer_id = probe
+                            AND applied = '{[1,9)}');
+                    ELSE
+                        INSERT INTO event_logs (log_id) VALUES (probe_log);
+                        UPDATE event_logs SET position = 9, digest = sha256('9')
+                        WHERE log_id = probe_log;
+                        SET CONSTRAINTS ALL IMMEDIATE;
+                        is_as_written := EXISTS (
+                            SELECT FROM event_logs WHERE log_id = probe_log
+                            AND position = 9 AND digest = sha256('9'));
+                    END IF;
+                    RAISE EXCEPTION USING ERRCODE = 'ZZZZZ';  -- takes the row back
+                EXCEPTION
+                    -- (Variables keep their values.) If the probe was refused, perhaps only its
+                    -- key was: is_as_written is NULL then, and other rows may be let through.
+                    WHEN OTHERS THEN NULL;
+                END;
+                IF NOT is_as_written THEN
+                    RAISE EXCEPTION '%', format(
+                        '%1$s has a trigger that changes what is written; mend it with: '
+                        'ALTER TABLE %1$s DISABLE TRIGGER %2$I', tried.relname, tried.trigger_name);
+                END IF;
+            END LOOP;
+        END;
     END IF;
 
     -- ---- The tables belong together --------------------------------------------------------
 
-    -- By the stamps it is noticed when one was emptied, or came back without the others:
-    --   stamps differ, or one lacks it and its file is another   came back without the others
-    --   some oids are those of the stamp, and some are not       came back without the others
-    --     (if none is, all three were dumped and restored: that is right)
-    --   a table held something and holds nothing                 was emptied; the last is named
-    --     (but with 2 and 3 empty and all files new, one TRUNCATE emptied all: that is right)
-    SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
-    FROM pg_class WHERE oid = ANY (tables);
+    DECLARE
+        users_now boolean;  -- whether there are any
+        ids_now boolean;
+        positions_now boolean;
+        users_then boolean;  -- whether there were any when the tables were stamped; or NULL
+        ids_then boolean;
+        positions_then boolean;
+        database text;
+        new_stamp text;
+        old_stamp jsonb;
+        have_one_origin boolean;
+        ids_are_in_place boolean;  -- so what was counted is known, whatever became of the users
+        were_truncated_at_once boolean;
+        may_stamp boolean;
+        emptied text;  -- the table that lost what it held
+        fault text;
+        ids_are_lost boolean;
+        existing text;
+        recount text;
+        begin_at_zero text;
+        listed regclass;
+        old_comment text;
+    BEGIN
+        PERFORM FROM users_revenue LIMIT 1;
+        users_now := FOUND;
+        PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
+        ids_now := FOUND;
+        PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
+        positions_now := FOUND;
 
-    SELECT min(stamp), count(DISTINCT stamp) < 2 INTO known_stamp, together
-    FROM unnest(stamps) AS stamp;
-    known := string_to_array(known_stamp, ' ');
-    same_database := known[2] = cluster;
-    FOR number IN 1..3 LOOP
-        held_before[number] := coalesce(known[9 + number] = 't', false);
-        same_table[number] := coalesce(
-            same_database AND known[2 + number] = tables[number]::text, false);
-        same_file[number] := coalesce(
-            same_database AND known[5 + number] = files[number]::text, false);
-        -- A table may have lost its stamp because somebody replaced its comment. It is the same
-        -- one if the others' stamp names its file.
-        IF known_stamp IS NOT NULL AND stamps[number] IS NULL AND NOT same_file[number] THEN
-            together := false;
+        SELECT system_identifier || '.' || oid INTO database
+        FROM pg_control_system(), pg_database WHERE datname = current_database();
+        new_stamp := jsonb_build_object(
+            'database', database,
+            'shape', shape,
+            'users_revenue', jsonb_build_object(
+                'oid', 'users_revenue'::regclass::oid,
+                'file', pg_relation_filenode('users_revenue'), 'holds', users_now),
+            'event_producers', jsonb_build_object(
+                'oid', 'event_producers'::regclass::oid,
+                'file', pg_relation_filenode('event_producers'), 'holds', ids_now),
+            'event_logs', jsonb_build_object(
+                'oid', 'event_logs'::regclass::oid,
+                'file', pg_relation_filenode('event_logs'), 'holds', positions_now));
+        IF common_stamp = new_stamp THEN
+            RETURN;
         END IF;
-    END LOOP;
-    IF true = ANY (same_table) AND false = ANY (same_table) THEN
-        together := false;
-    END IF;
-    IF together THEN
-        FOR number IN 1..3 LOOP
-            IF held_before[number] AND NOT holds_now[number] THEN
-                fault := format('%s was emptied', tables[number]::regclass);
-                ids_are_lost := number > 1;
-            END IF;
-        END LOOP;
-        -- After one TRUNCATE of all three, somebody may have put opening balances into
-        -- users_revenue.
-        IF NOT holds_now[2] AND NOT holds_now[3] AND NOT true = ANY (same_file) THEN
-            fault := NULL;
-        END IF;
-    ELSE
-        fault := 'one of them came back without the others';
-        IF created <> '{}' THEN
-            fault := format('missing: %s', array_to_string(created, ', '));
-        END IF;
-        ids_are_lost := stamps[2] IS DISTINCT FROM stamps[3] OR same_table[2] <> same_table[3]
-            OR 'event_producers' = ANY (created);
-    END IF;
-    -- A role that does not own the tables cannot renew the stamp, so HELD is as old as the owner's
-    -- last run. Two losses show all the same: there are counted ids, but no user; or there are
-    -- users now and were none at the stamp, so that they came from events, but no ids and no
-    -- positions are left.
-    IF NOT may_stamp AND known_stamp IS NOT NULL AND fault IS NULL THEN
-        IF holds_now[2] AND NOT holds_now[1] THEN
-            fault := 'users_revenue was emptied';
-            ids_are_lost := false;
-        ELSIF holds_now[1] AND NOT held_before[1] AND NOT holds_now[2] AND NOT holds_now[3] THEN
-            fault := 'event_producers was emptied';
-            ids_are_lost := true;
-        END IF;
-    END IF;
-    -- Nothing is wrong while none of them holds anything. RAISE takes back the tables that were
-    -- just created: what is advised may name only those that were there before.
-    IF fault IS NOT NULL AND true = ANY (holds_now) THEN
-        recount_sql := 'TRUNCATE users_revenue, event_producers, event_logs';
-        IF created <> '{}' THEN
-            SELECT 'DROP TABLE ' || string_agg(listed::regclass::text, ', ') INTO recount_sql
-            FROM unnest(tables) AS listed
-            WHERE listed::regclass::text <> ALL (created);
-        END IF;
-        IF ids_are_lost THEN  -- nobody knows what was counted
-            begin_at_zero_sql := 'move the logs to where data_processor.py does not look, '
-                'and then: ' || recount_sql;
-        ELSE  -- tables without stamps are taken as they are: what was counted stays known
-            begin_at_zero_sql := 'COMMENT ON TABLE event_producers IS NULL; '
-                'COMMENT ON TABLE event_logs IS NULL';
-            IF created = '{}' THEN
-                begin_at_zero_sql := 'TRUNCATE users_revenue; '
-                    'COMMENT ON TABLE users_revenue IS NULL; ' || begin_at_zero_sql;
-            END IF;
-        END IF;
-        IF NOT may_stamp THEN
-            recount_sql := recount_sql || ' (as the owner of the tables)';
-            begin_at_zero_sql := begin_at_zero_sql
-                || ' (as the owner of the tables, who then runs create_table.sql)';
-        END IF;
-        RAISE EXCEPTION 'users_revenue, event_producers and event_logs do not belong together: '
-            '%. To count everything again from the logs: %; then run data_processor.py with all '
-            'of them. To begin at zero: %', fault, recount_sql, begin_at_zero_sql;
-    END IF;
 
-    IF may_stamp THEN
-        new_id := known[1];
-        IF new_id IS NULL OR NOT together THEN
-            new_id := md5(random()::text || clock_timestamp());
-        END IF;
-        new_stamp := new_id || ' ' || state;
-        FOR number IN 1..3 LOOP
-            IF stamps[number] IS DISTINCT FROM new_stamp THEN
-                old_comment := coalesce(obj_description(tables[number], 'pg_class'), '');
-                old_comment := regexp_replace(old_comment, ' ?\[events [^]]*\]', '');
-                EXECUTE format('COMMENT ON TABLE %s IS %L', tables[number]::regclass,
-                               ltrim(format('%s [events %s]', old_comment, new_stamp)));
+        -- A table is in place if it is the one that its stamp names: in that database, with that
+        -- oid. One that was created anew, or restored from a dump, is not. All three have one
+        -- origin if they have the same stamp, and all are in place or none is (a dump of all three
+        -- was restored). Somebody may have replaced the comment of a table, and the stamp with it:
+        -- if the stamp of the others says that it is in place, that stamp is its own.
+        WITH commented AS (
+            SELECT relname::text AS name, oid::text, relfilenode::text AS file,
+                xmin::text AS written_by, obj_description(oid, 'pg_class') AS comment
+            FROM pg_class WHERE oid = ANY (tables)
+        ), stamped AS (
+            SELECT *, coalesce(substring(comment FROM stamp_pattern), (
+                -- Older stamps were a list: [events ID DATABASE OIDS FILES SHAPE HOLDS].
+                SELECT jsonb_build_object(
+                    'database', part[2],
+                    'shape', part[9],
+                    'users_revenue', jsonb_build_object(
+                        'oid', part[3], 'file', part[6], 'holds', part[10]),
+                    'event_producers', jsonb_build_object(
+                        'oid', part[4], 'file', part[7], 'holds', part[11]),
+                    'event_logs', jsonb_build_object(
+                        'oid', part[5], 'file', part[8], 'holds', part[12])
+                )::text
+                FROM string_to_array(substring(comment FROM '\[events ([0-9a-f]{32} [^]]*)\]'),
+                                     ' ') AS part
+                WHERE part IS NOT NULL
+            )) AS stamp
+            FROM commented
+        ), named AS (
+            SELECT *, coalesce(stamp, max(stamp) OVER ())::jsonb AS known FROM stamped
+        ), compared AS (
+            SELECT *, known -> name ->> 'file' <> file AS has_new_file, coalesce(
+                known ->> 'database' = database AND known -> name ->> 'oid' = oid, false
+            ) AS is_in_place
+            FROM named
+        )
+        SELECT
+            count(DISTINCT (is_in_place, CASE WHEN is_in_place THEN known ELSE stamp::jsonb END))
+                = 1,
+            bool_and(is_in_place) FILTER (WHERE name <> 'users_revenue'),
+            -- One transaction gave a new file to all three.
+            bool_and(is_in_place AND has_new_file) AND count(DISTINCT written_by) = 1,
+            max(stamp)::jsonb
+        INTO have_one_origin, ids_are_in_place, were_truncated_at_once, old_stamp
+        FROM compared;
+        users_then := old_stamp -> 'users_revenue' ->> 'holds';
+        ids_then := old_stamp -> 'event_producers' ->> 'holds';
+        positions_then := old_stamp -> 'event_logs' ->> 'holds';
+        SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
+        FROM pg_class WHERE oid = ANY (tables);
+
+        -- What has a stamp was counted by events, and each event fills all three tables (one
+        -- without an id only users_revenue and event_logs).
+        emptied := CASE
+            -- One TRUNCATE emptied all; users are opening balances.
+            WHEN were_truncated_at_once AND NOT ids_now AND NOT positions_now THEN NULL
+            -- What was there is gone.
+            WHEN positions_then AND NOT positions_now THEN 'event_logs'
+            WHEN ids_then AND NOT ids_now THEN 'event_producers'
+            WHEN users_then AND NOT users_now THEN 'users_revenue'
+            -- Ids came since then, and what came with them is gone. (A role that does not own the
+            -- tables counted: it cannot renew the stamp.)
+            WHEN ids_now AND NOT ids_then AND NOT positions_now THEN 'event_logs'
+            WHEN ids_now AND NOT ids_then AND NOT users_now THEN 'users_revenue'
+            -- Users came since then, and no position. They may be opening balances; but a role
+            -- that does not own the tables cannot know, so the owner must say so.
+            WHEN users_now AND NOT users_then AND NOT positions_now AND NOT may_stamp
+                THEN 'event_logs'
+        END;
+        IF NOT (users_now OR ids_now OR positions_now) THEN
+            fault := NULL;  -- nothing was counted yet, or all of it is to be counted again
+        ELSIF have_one_origin THEN
+            fault := emptied || ' was emptied';
+            ids_are_lost := emptied <> 'users_revenue';
+        ELSE
+            fault := 'one of them came back without the others';
+            IF created <> '{}' THEN
+                fault := 'missing: ' || array_to_string(created, ', ');
             END IF;
-        END LOOP;
-    END IF;
+            ids_are_lost := NOT ids_are_in_place;
+        END IF;
+
+        IF fault IS NOT NULL THEN
+            -- RAISE takes back the tables that were just created: what is advised may name only
+            -- those that were there before.
+            SELECT string_agg(relname, ', ') INTO existing
+            FROM pg_class WHERE oid = ANY (tables) AND relname <> ALL (created);
+            recount := 'TRUNCATE ' || existing;
+            IF ids_are_lost THEN  -- nobody knows what was counted
+                begin_at_zero := 'move the logs to where data_processor.py does not look, and '
+                    'then: ' || recount;
+            ELSE  -- tables without stamps are taken as they are: what was counted stays known
+                begin_at_zero := 'COMMENT ON TABLE event_producers IS NULL; '
+                    'COMMENT ON TABLE event_logs IS NULL';
+                IF created = '{}' THEN
+                    begin_at_zero := 'TRUNCATE users_revenue; '
+                        'COMMENT ON TABLE users_revenue IS NULL; ' || begin_at_zero;
+                END IF;
+            END IF;
+            IF NOT may_stamp THEN
+                recount := recount || ' (as the owner of the tables)';
+                begin_at_zero := begin_at_zero
+                    || ' (as the owner of the tables, who then runs create_table.sql)';
+            END IF;
+            RAISE EXCEPTION 'users_revenue, event_producers and event_logs do not belong together: '
+                '%. To count everything again from the logs: %; then run data_processor.py with '
+                'all of them. To begin at zero: %', fault, recount, begin_at_zero;
+        END IF;
+
+        IF may_stamp THEN
+            FOREACH listed IN ARRAY tables LOOP  -- in this order, because COMMENT locks the table
+                old_comment := coalesce(obj_description(listed, 'pg_class'), '');
+                old_comment := regexp_replace(old_comment, ' ?\[event(s| tables) [^]]*\]', '', 'g');
+                EXECUTE format('COMMENT ON TABLE %s IS %L', listed,
+                               ltrim(format('%s [event tables %s]', old_comment, new_stamp)));
+            END LOOP;
+        END IF;
+    END;
 END $$;

@@ -1,10 +1,11 @@
 """The three tables belong together, and still have the shape that was checked."""
 
+import json
 import os
 import subprocess
 
 from tests.tools import HERE, SystemTest, wait_until
-from tests.tools_database import query, setUpModule  # noqa: F401
+from tests.tools_database import database_url, query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
 
 ALL_TABLES = "users_revenue, event_producers, event_logs"
@@ -165,11 +166,11 @@ class Belonging(SystemTest):
     def test_a_backup_in_another_cluster_whose_oids_are_alike_in_part_is_complete(self):
         # What a fresh cluster gives: some tables get the oids that they had, and others do not.
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
-        parts = comment.split(" ")
-        parts[2] = "another.cluster"
-        parts[3] = "1"
+        stamp = json.loads(comment.partition("[event tables ")[2][:-1])
+        stamp["database"] = "another.cluster"
+        stamp["event_logs"]["oid"] = "1"
         for table in ALL_TABLES.split(", "):
-            query(f"COMMENT ON TABLE {table} IS '{' '.join(parts)}'")
+            query(f"COMMENT ON TABLE {table} IS '[event tables {json.dumps(stamp)}]'")
         self.append_more()
         self.processor(self.log)
         self.assertRevenue({"user1": 301})
@@ -180,7 +181,7 @@ class Belonging(SystemTest):
         self.processor(self.log)
         self.assertRevenue({"user1": 301})
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
-        self.assertRegex(comment, r"^docs \[events ")
+        self.assertRegex(comment, r"^docs \[event tables ")
 
     def test_an_emptied_table_is_noticed_although_all_were_rewritten(self):
         query("TRUNCATE users_revenue")
@@ -198,7 +199,7 @@ class Belonging(SystemTest):
         writer = {"PGOPTIONS": "-c role=events_test_writer"}
         losses = {
             "users": ("TRUNCATE users_revenue", "users_revenue was emptied"),
-            "ids": ("TRUNCATE event_producers, event_logs", "event_producers was emptied"),
+            "ids": ("TRUNCATE event_producers, event_logs", "event_logs was emptied"),
         }
         for case, (statement, words) in losses.items():
             with self.subTest(case):
@@ -208,6 +209,22 @@ class Belonging(SystemTest):
                 query(statement)
                 _, errors = self.processor(self.log, status=1, **writer)
                 self.assertIn(words, errors)
+
+    def test_who_does_not_own_the_tables_goes_on_when_the_owner_began_at_zero(self):
+        query(
+            "DROP ROLE IF EXISTS events_test_writer; CREATE ROLE events_test_writer;"
+            f"GRANT ALL ON {ALL_TABLES} TO events_test_writer"
+        )
+        self.addCleanup(query, "DROP OWNED BY events_test_writer; DROP ROLE events_test_writer")
+        writer = {"PGOPTIONS": "-c role=events_test_writer"}
+        query("TRUNCATE users_revenue")
+        _, errors = self.processor(self.log, status=1, **writer)
+        self.assertIn("users_revenue was emptied", errors)
+        query(statement_after("begin at zero:", errors).partition(" (as the owner")[0])
+        query((HERE / "create_table.sql").read_text(encoding="utf-8"))
+        self.append_more()
+        self.processor(self.log, **writer)
+        self.assertRevenue({"user1": 1})
 
     def test_a_rewritten_table_is_the_same_table(self):
         vacuum = [
@@ -229,144 +246,89 @@ class Belonging(SystemTest):
         self.append_more()
         self.processor(self.log)
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
-        self.assertRegex(comment, r"^ours \[events [0-9a-f]{32} [^]]* t t t\]$")
+        self.assertRegex(comment, r"^ours \[event tables \{[^]]*\}\]$")
 
+    def stamp_as_before(self, database=None):
+        """Stamp the tables as the version before did, as if in another database if one is named."""
+        names = ALL_TABLES.split(", ")
+        stamps = query(
+            """
+            SELECT concat_ws(' ', '[events', md5('any'), coalesce(%s, system_identifier || '.' || (
+                    SELECT oid FROM pg_database WHERE datname = current_database())),
+                string_agg(oid::text, ' ' ORDER BY number),
+                string_agg(relfilenode::text, ' ' ORDER BY number), md5('shape'), 't t t]')
+            FROM pg_control_system(), pg_class
+            JOIN unnest(%s) WITH ORDINALITY AS listed (name, number)
+            ON oid = to_regclass(name) GROUP BY system_identifier""",
+            [database, names],
+        )
+        for name in names:
+            query(f"COMMENT ON TABLE {name} IS 'ours {stamps[0][0]}'")
 
-class Shape(SystemTest):
-    """What a table must be, and what becomes of one that is not."""
+    def test_a_stamp_of_the_version_before_is_understood(self):
+        self.stamp_as_before()
+        self.append_more()
+        self.processor(self.log)
+        self.assertRevenue({"user1": 301})
+        ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
+        self.assertRegex(comment, r"^ours \[event tables \{[^]]*\}\]$")
 
-    FAULTS = {
-        "unlogged": (
-            "ALTER TABLE users_revenue SET UNLOGGED",
-            "is emptied when PostgreSQL crashes",
-        ),
-        "unlogged producers": (
-            "ALTER TABLE event_producers SET UNLOGGED",
-            "event_producers is empt",
-        ),
-        "an heir": ("CREATE TABLE heir () INHERITS (users_revenue)", "has heirs"),
-        "a rule": (
-            "CREATE RULE nothing AS ON INSERT TO users_revenue DO INSTEAD NOTHING",
-            "has a rule",
-        ),
-        "a rounding trigger": (
-            "CREATE FUNCTION pg_temp.nothing() RETURNS void LANGUAGE sql AS '';"
-            "CREATE OR REPLACE FUNCTION rounds() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN NEW.revenue := round(NEW.revenue, 2); RETURN NEW; END';"
-            "CREATE TRIGGER rounding BEFORE INSERT OR UPDATE ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION rounds()",
-            "has a trigger that changes what is written",
-        ),
-        "a swallowing trigger": (
-            "CREATE OR REPLACE FUNCTION swallows() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN RETURN NULL; END';"
-            "CREATE TRIGGER swallowing BEFORE UPDATE ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION swallows()",
-            "has a trigger that changes what is written",
-        ),
-        "serial": (
-            "ALTER TABLE users_revenue ADD id serial",
-            "which has less than 64 bits",
-        ),
-        "a small identity": (
-            "ALTER TABLE users_revenue ADD id int GENERATED ALWAYS AS IDENTITY",
-            "which has less than 64 bits",
-        ),
-        "a trigger that changes users": (
-            "CREATE OR REPLACE FUNCTION lowers() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN NEW.user_id := lower(NEW.user_id); RETURN NEW; END';"
-            "CREATE TRIGGER lowering BEFORE INSERT ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION lowers()",
-            "has a trigger that changes what is written",
-        ),
-        "a trigger that rounds afterwards": (
-            "CREATE OR REPLACE FUNCTION rounds_later() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN UPDATE users_revenue SET revenue = round(revenue, 2) "
-            "WHERE user_id = NEW.user_id AND revenue <> round(revenue, 2); RETURN NULL; END';"
-            "CREATE TRIGGER rounding AFTER INSERT OR UPDATE ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION rounds_later()",
-            "has a trigger that changes what is written",
-        ),
-        "a second key without case": (
-            "CREATE COLLATION IF NOT EXISTS nocase (provider = icu, deterministic = false, "
-            "locale = 'und-u-ks-level2');"
-            "CREATE UNIQUE INDEX second ON users_revenue (user_id COLLATE nocase)",
-            "takes different users for one",
-        ),
-        "rounded": (
-            "ALTER TABLE users_revenue ALTER revenue TYPE numeric(12,2)",
-            "numeric(12,2)",
-        ),
-        "floating": (
-            "ALTER TABLE users_revenue ALTER revenue TYPE double precision",
-            "double precision",
-        ),
-        "users without case": (
-            "CREATE COLLATION IF NOT EXISTS nocase (provider = icu, deterministic = false, "
-            "locale = 'und-u-ks-level2');"
-            "ALTER TABLE users_revenue ALTER user_id TYPE text COLLATE nocase",
-            "keeps user_id as text with the collation nocase",
-        ),
-    }
-
-    def test_a_table_that_does_not_fit_is_refused_and_mended_as_proposed(self):
-        for fault, (statement, words) in self.FAULTS.items():
-            with self.subTest(fault):
-                query("DROP TABLE IF EXISTS heir")
+    def test_a_loss_since_the_version_before_is_noticed(self):
+        losses = {
+            "TRUNCATE users_revenue": "users_revenue was emptied",
+            "DELETE FROM event_producers": "event_producers was emptied",
+            "CREATE TABLE copy (LIKE event_logs INCLUDING ALL); DROP TABLE event_logs;"
+            "ALTER TABLE copy RENAME TO event_logs": "came back without the others",
+            "DROP TABLE users_revenue": "missing: users_revenue",
+        }
+        for loss, words in losses.items():
+            with self.subTest(loss):
                 self.setUp()
-                log = self.path("log", with_id("p", 1, "Alice"))
-                query(statement)
-                _, errors = self.processor(log, status=1)
-                self.assertIn(words, errors)
-                query(errors.partition("mend it with: ")[2])
-                self.processor(log)
-                self.assertRevenue({"Alice": 1})
-        query("DROP TABLE IF EXISTS heir")
+                self.stamp_as_before()
+                query(loss)
+                self.count_again(self.refused(words))
 
-    def test_a_follower_counts_nothing_into_a_table_that_was_altered(self):
-        log = self.path("log", with_id("p", 1, "u", "0.004"))
-        follower = self.start("data_processor.py", "--follow", log)
-        wait_until(lambda: query("SELECT 1 FROM users_revenue"), "it follows")
-        query("ALTER TABLE users_revenue ALTER revenue TYPE numeric(12,3)")
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(with_id("p", 2, "u", "0.0004"))
-        self.assertIn("numeric(12,3)", follower.stderr.readline())
-        query("ALTER TABLE users_revenue ALTER revenue TYPE numeric")
-        self.assertIn("they are applied again", follower.stderr.readline())
-        ((revenue,),) = query("SELECT trim_scale(revenue)::text FROM users_revenue")
-        self.assertEqual(revenue, "0.0044")
+    def test_tables_that_the_version_before_stamped_elsewhere_are_complete(self):
+        self.stamp_as_before(database="another.cluster")
+        self.append_more()
+        self.processor(self.log)
+        self.assertRevenue({"user1": 301})
 
-    def test_a_table_with_a_bigserial_or_a_harmless_trigger_is_kept(self):
-        query(
-            "ALTER TABLE users_revenue ADD id bigserial, ADD changed timestamptz;"
-            "CREATE OR REPLACE FUNCTION notes() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN NEW.changed := now(); RETURN NEW; END';"
-            "CREATE TRIGGER noting BEFORE INSERT OR UPDATE ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION notes()"
-        )
-        self.processor(self.path("log", with_id("p", 1) + with_id("p", 2)))
-        self.assertEqual(
-            query("SELECT user_id, revenue FROM users_revenue"), [("user1", 2)]
-        )
+    def test_a_table_without_a_stamp_among_those_of_another_cluster_is_refused(self):
+        self.stamp_as_before(database="another.cluster")
+        query("COMMENT ON TABLE event_producers IS NULL")
+        self.count_again(self.refused("came back without the others"))
 
-    def test_a_partitioned_table_is_kept(self):
-        query(
-            f"DROP TABLE {ALL_TABLES};"
-            "CREATE TABLE users_revenue (user_id text PRIMARY KEY, revenue numeric NOT NULL) "
-            "PARTITION BY HASH (user_id);"
-            "CREATE TABLE part0 PARTITION OF users_revenue "
-            "FOR VALUES WITH (MODULUS 2, REMAINDER 0);"
-            "CREATE TABLE part1 PARTITION OF users_revenue FOR VALUES WITH (MODULUS 2, REMAINDER 1)"
-        )
-        lines = "".join(
-            with_id("p", number, f"user{number}") for number in range(1, 10)
-        )
-        self.processor(self.path("log", lines))
-        self.assertRevenue({f"user{number}": 1 for number in range(1, 10)})
+    def test_ids_that_were_not_restored_elsewhere_are_noticed(self):
+        self.stamp_as_before(database="another.cluster")
+        query("TRUNCATE event_producers, event_logs")
+        self.count_again(self.refused("was emptied"))
 
-    def test_the_tables_fit_although_identifiers_are_quoted(self):
-        url = os.environ["DATABASE_URL"]
-        query("DROP TABLE users_revenue, event_producers, event_logs")
-        options = {"PGOPTIONS": "-c quote_all_identifiers=on", "DATABASE_URL": url}
-        self.processor(self.path("log", with_id("p", 1)), **options)
-        self.assertRevenue({"user1": 1})
+    def test_a_table_that_was_rewritten_and_lost_its_stamp_is_the_same(self):
+        query("COMMENT ON TABLE users_revenue IS NULL")
+        vacuum = ["psql", "-qc", "VACUUM FULL users_revenue", os.environ["DATABASE_URL"]]
+        subprocess.run(vacuum, check=True)
+        self.append_more()
+        self.processor(self.log)
+        self.assertRevenue({"user1": 301})
+
+    def test_users_who_were_rewritten_are_no_opening_balances(self):
+        query("TRUNCATE event_producers, event_logs")
+        vacuum = ["psql", "-qc", "VACUUM FULL users_revenue", os.environ["DATABASE_URL"]]
+        subprocess.run(vacuum, check=True)
+        self.count_again(self.refused("was emptied"))
+
+    def test_advice_names_tables_that_are_there_although_identifiers_are_quoted(self):
+        query("DROP TABLE event_logs")
+        quoting = {"PGOPTIONS": "-c quote_all_identifiers=on"}
+        _, errors = self.processor(self.log, status=1, **quoting)
+        self.assertIn("missing: event_logs", errors)
+        self.append_more()
+        self.count_again(errors)
+
+    def test_missing_tables_are_created_beside_those_that_are_left(self):
+        query("DROP SCHEMA IF EXISTS own CASCADE; CREATE SCHEMA own; DROP TABLE users_revenue")
+        self.addCleanup(query, "DROP SCHEMA own CASCADE")
+        dsn = database_url(options="-c search_path=own,public")
+        _, errors = self.processor(self.log, status=1, DATABASE_URL=dsn)
+        self.assertIn("missing: users_revenue", errors)

@@ -1,0 +1,312 @@
+"""What each of the three tables must be, and what becomes of one that is not."""
+
+import os
+from decimal import Decimal
+
+from tests.tools import SystemTest, wait_until
+from tests.tools_database import query, setUpModule  # noqa: F401
+from tests.tools_events import with_id
+
+# A users_revenue with a partition, which takes every user.
+PARTITIONED = (
+    "DROP TABLE users_revenue, event_producers, event_logs;"
+    "CREATE TABLE users_revenue (user_id text PRIMARY KEY, revenue numeric NOT NULL) "
+    "PARTITION BY LIST (user_id);"
+    "CREATE TABLE part0 PARTITION OF users_revenue DEFAULT;"
+)
+
+ROUNDING = (
+    "CREATE OR REPLACE FUNCTION rounds() RETURNS trigger LANGUAGE plpgsql AS "
+    "'BEGIN NEW.revenue := round(NEW.revenue, 2); RETURN NEW; END';"
+)
+
+
+class Shape(SystemTest):
+    """A table that does not fit is refused; the statement that the refusal ends with mends it."""
+
+    FAULTS = {
+        "unlogged": (
+            "ALTER TABLE users_revenue SET UNLOGGED",
+            "is emptied when PostgreSQL crashes",
+        ),
+        "unlogged producers": (
+            "ALTER TABLE event_producers SET UNLOGGED",
+            "event_producers is empt",
+        ),
+        "an heir": (
+            "CREATE TABLE heir () INHERITS (users_revenue)",
+            "has the inheritance child heir",
+        ),
+        "a rule": (
+            "CREATE RULE nothing AS ON INSERT TO users_revenue DO INSTEAD NOTHING",
+            "has a rule",
+        ),
+        "a rounding trigger": (
+            ROUNDING + "CREATE TRIGGER rounding BEFORE INSERT OR UPDATE ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION rounds()",
+            "has a trigger that changes what is written",
+        ),
+        "a swallowing trigger": (
+            "CREATE OR REPLACE FUNCTION swallows() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN RETURN NULL; END';"
+            "CREATE TRIGGER swallowing BEFORE UPDATE ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION swallows()",
+            "has a trigger that changes what is written",
+        ),
+        "serial": (
+            "ALTER TABLE users_revenue ADD id serial",
+            "which has less than 64 bits",
+        ),
+        "a small identity": (
+            "ALTER TABLE users_revenue ADD id int GENERATED ALWAYS AS IDENTITY",
+            "which has less than 64 bits",
+        ),
+        "a trigger that changes users": (
+            "CREATE OR REPLACE FUNCTION lowers() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN NEW.user_id := lower(NEW.user_id); RETURN NEW; END';"
+            "CREATE TRIGGER lowering BEFORE INSERT ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION lowers()",
+            "has a trigger that changes what is written",
+        ),
+        "a trigger that rounds afterwards": (
+            "CREATE OR REPLACE FUNCTION rounds_later() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN UPDATE users_revenue SET revenue = round(revenue, 2) "
+            "WHERE user_id = NEW.user_id AND revenue <> round(revenue, 2); RETURN NULL; END';"
+            "CREATE TRIGGER rounding AFTER INSERT OR UPDATE ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION rounds_later()",
+            "has a trigger that changes what is written",
+        ),
+        "a second key without case": (
+            "CREATE COLLATION IF NOT EXISTS nocase (provider = icu, deterministic = false, "
+            "locale = 'und-u-ks-level2');"
+            "CREATE UNIQUE INDEX second ON users_revenue (user_id COLLATE nocase)",
+            "takes different rows for one",
+        ),
+        "rounded": (
+            "ALTER TABLE users_revenue ALTER revenue TYPE numeric(12,2)",
+            "numeric(12,2)",
+        ),
+        "floating": (
+            "ALTER TABLE users_revenue ALTER revenue TYPE double precision",
+            "double precision",
+        ),
+        "users without case": (
+            "CREATE COLLATION IF NOT EXISTS nocase (provider = icu, deterministic = false, "
+            "locale = 'und-u-ks-level2');"
+            "ALTER TABLE users_revenue ALTER user_id TYPE text COLLATE nocase",
+            "keeps user_id as text with the collation nocase",
+        ),
+        "a default that no cast takes along": (
+            "ALTER TABLE users_revenue ALTER revenue TYPE text;"
+            "ALTER TABLE users_revenue ALTER revenue SET DEFAULT '0'",
+            "keeps revenue as text",
+        ),
+        "a small column of a large sequence": (
+            "CREATE SEQUENCE IF NOT EXISTS large;"
+            "ALTER TABLE users_revenue ADD id int DEFAULT nextval('large')",
+            "which has less than 64 bits; mend it with: ALTER TABLE users_revenue ALTER COLUMN id "
+            "TYPE bigint\n",
+        ),
+        "a text of a small sequence": (
+            "CREATE SEQUENCE IF NOT EXISTS small AS smallint;"
+            "ALTER SEQUENCE small AS smallint MAXVALUE 32767;"
+            "ALTER TABLE users_revenue ADD id text DEFAULT 'n' || nextval('small')",
+            "which has less than 64 bits; mend it with: ALTER SEQUENCE small AS bigint\n",
+        ),
+        "a serial of producers": (
+            "ALTER TABLE event_producers ADD id serial",
+            "event_producers uses up the sequence",
+        ),
+        "an unlogged partition": (
+            PARTITIONED + "ALTER TABLE part0 SET UNLOGGED",
+            "part0 is emptied when PostgreSQL crashes",
+        ),
+        "a trigger of a partition": (
+            PARTITIONED + ROUNDING + "CREATE TRIGGER rounding BEFORE INSERT ON part0 "
+            "FOR EACH ROW EXECUTE FUNCTION rounds()",
+            "The partition part0 has a trigger of its own",
+        ),
+        "a deferred trigger": (
+            "CREATE OR REPLACE FUNCTION deletes() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN DELETE FROM users_revenue WHERE user_id = NEW.user_id; RETURN NULL; END';"
+            "CREATE CONSTRAINT TRIGGER deleting AFTER INSERT ON users_revenue "
+            "INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION deletes()",
+            "users_revenue has a trigger that changes what is written",
+        ),
+        "a trigger that forgets ids": (
+            "CREATE OR REPLACE FUNCTION swallows() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN RETURN NULL; END';"
+            "CREATE TRIGGER swallowing BEFORE UPDATE ON event_producers "
+            "FOR EACH ROW EXECUTE FUNCTION swallows()",
+            "event_producers has a trigger that changes what is written",
+        ),
+        "a trigger that forgets positions": (
+            "CREATE OR REPLACE FUNCTION forgets() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN NEW.position := 0; RETURN NEW; END';"
+            "CREATE TRIGGER forgetting BEFORE UPDATE ON event_logs "
+            "FOR EACH ROW EXECUTE FUNCTION forgets()",
+            "event_logs has a trigger that changes what is written",
+        ),
+        "producers without a key": (
+            "ALTER TABLE event_producers DROP CONSTRAINT event_producers_pkey",
+            "event_producers has no unique key on producer_id",
+        ),
+        "logs without a key": (
+            "ALTER TABLE event_logs DROP CONSTRAINT event_logs_pkey",
+            "event_logs has no unique key on log_id",
+        ),
+        "a deferrable key of producers": (
+            "ALTER TABLE event_producers DROP CONSTRAINT event_producers_pkey, "
+            "ADD UNIQUE (producer_id) DEFERRABLE",
+            "event_producers has a deferrable unique key",
+        ),
+        "a second key of producers": (
+            "CREATE UNIQUE INDEX second ON event_producers (lower(producer_id))",
+            "event_producers has the unique key second, which takes different rows for one",
+        ),
+        "a second key of logs": (
+            "ALTER TABLE event_logs ADD UNIQUE (position)",
+            "event_logs has the unique key event_logs_position_key",
+        ),
+        "producers without case": (
+            "CREATE COLLATION IF NOT EXISTS nocase (provider = icu, deterministic = false, "
+            "locale = 'und-u-ks-level2');"
+            "ALTER TABLE event_producers ALTER producer_id TYPE text COLLATE nocase",
+            "keeps producer_id as text with the collation nocase",
+        ),
+        "ids that may be NULL": (
+            "ALTER TABLE event_producers ALTER applied DROP NOT NULL, ALTER applied DROP DEFAULT",
+            "event_producers needs a default for applied, and no NULL",
+        ),
+        "no ids": (
+            "ALTER TABLE event_producers DROP applied",
+            "event_producers has no column applied",
+        ),
+        "a small position": (
+            "ALTER TABLE event_logs ALTER position TYPE int",
+            "event_logs keeps position as integer",
+        ),
+        "no position": (
+            "ALTER TABLE event_logs DROP position",
+            "event_logs has no column position",
+        ),
+    }
+
+    def test_a_table_that_does_not_fit_is_refused_and_mended_as_proposed(self):
+        for fault, (statement, words) in self.FAULTS.items():
+            with self.subTest(fault):
+                query("DROP TABLE IF EXISTS heir")
+                self.setUp()
+                log = self.path("log", with_id("p", 1, "Alice", "0.0001"))
+                query(statement)
+                _, errors = self.processor(log, status=1)
+                self.assertIn(words, errors)
+                query(errors.partition("mend it with: ")[2])
+                self.processor(log)
+                self.processor("--from-start", log)
+                self.assertRevenue({"Alice": Decimal("0.0001")})
+        query("DROP TABLE IF EXISTS heir")
+
+    def test_a_follower_counts_nothing_into_a_table_that_was_altered(self):
+        log = self.path("log", with_id("p", 1, "u", "0.004"))
+        follower = self.start("data_processor.py", "--follow", log)
+        wait_until(lambda: query("SELECT 1 FROM users_revenue"), "it follows")
+        query("ALTER TABLE users_revenue ALTER revenue TYPE numeric(12,3)")
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(with_id("p", 2, "u", "0.0004"))
+        self.assertIn("numeric(12,3)", follower.stderr.readline())
+        query("ALTER TABLE users_revenue ALTER revenue TYPE numeric")
+        self.assertIn("they are applied again", follower.stderr.readline())
+        ((revenue,),) = query("SELECT trim_scale(revenue)::text FROM users_revenue")
+        self.assertEqual(revenue, "0.0044")
+
+    def test_a_table_with_a_bigserial_or_a_harmless_trigger_is_kept(self):
+        query(
+            "ALTER TABLE users_revenue ADD id bigserial, ADD changed timestamptz;"
+            "CREATE OR REPLACE FUNCTION notes() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN NEW.changed := now(); RETURN NEW; END';"
+            "CREATE TRIGGER noting BEFORE INSERT OR UPDATE ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION notes()"
+        )
+        self.processor(self.path("log", with_id("p", 1) + with_id("p", 2)))
+        self.assertEqual(
+            query("SELECT user_id, revenue FROM users_revenue"), [("user1", 2)]
+        )
+
+    def test_a_partitioned_table_is_kept(self):
+        query(
+            PARTITIONED + "CREATE TABLE part1 PARTITION OF users_revenue "
+            "FOR VALUES IN ('user2', 'user5')"
+        )
+        lines = "".join(
+            with_id("p", number, f"user{number}") for number in range(1, 10)
+        )
+        self.processor(self.path("log", lines))
+        self.assertRevenue({f"user{number}": 1 for number in range(1, 10)})
+
+    def test_the_tables_fit_although_identifiers_are_quoted(self):
+        url = os.environ["DATABASE_URL"]
+        query("DROP TABLE users_revenue, event_producers, event_logs")
+        options = {"PGOPTIONS": "-c quote_all_identifiers=on", "DATABASE_URL": url}
+        self.processor(self.path("log", with_id("p", 1)), **options)
+        self.assertRevenue({"user1": 1})
+
+    def test_rows_that_row_level_security_may_hide_are_refused(self):
+        query(
+            "DROP ROLE IF EXISTS events_test_writer; CREATE ROLE events_test_writer;"
+            "GRANT ALL ON users_revenue, event_producers, event_logs TO events_test_writer;"
+            "ALTER TABLE event_producers ENABLE ROW LEVEL SECURITY;"
+            "CREATE POLICY new_ones ON event_producers FOR INSERT WITH CHECK (true)"
+        )
+        self.addCleanup(query, "DROP OWNED BY events_test_writer; DROP ROLE events_test_writer")
+        log = self.path("log", with_id("p", 1))
+        writer = {"PGOPTIONS": "-c role=events_test_writer"}
+        _, errors = self.processor(log, status=1, **writer)
+        self.assertIn("event_producers has row level security, which may hide rows", errors)
+        query(errors.partition("mend it with: ")[2])
+        self.processor(log, **writer)
+        self.assertRevenue({"user1": 1})
+
+    def test_what_is_no_table_is_refused(self):
+        kinds = {"a view": "VIEW", "a materialized view": "MATERIALIZED VIEW"}
+        for what, kind in kinds.items():
+            with self.subTest(what):
+                self.setUp()
+                query(
+                    "ALTER TABLE users_revenue RENAME TO renamed;"
+                    f"CREATE {kind} users_revenue AS SELECT * FROM renamed"
+                )
+                try:
+                    _, errors = self.processor(self.path("log", with_id("p", 1)), status=1)
+                finally:
+                    query(f"DROP {kind} users_revenue; DROP TABLE renamed")
+                self.assertIn("users_revenue is no table; rename it", errors)
+
+    def test_partitioned_tables_of_ids_and_positions_are_kept(self):
+        query(
+            "DROP TABLE event_producers, event_logs;"
+            "CREATE TABLE event_producers (producer_id text PRIMARY KEY, "
+            "applied int8multirange NOT NULL DEFAULT '{}') PARTITION BY HASH (producer_id);"
+            "CREATE TABLE part1 PARTITION OF event_producers "
+            "FOR VALUES WITH (MODULUS 1, REMAINDER 0);"
+            "CREATE TABLE event_logs (log_id bytea PRIMARY KEY, position bigint NOT NULL DEFAULT 0,"
+            " digest bytea NOT NULL DEFAULT sha256('')) PARTITION BY HASH (log_id);"
+            "CREATE TABLE part2 PARTITION OF event_logs FOR VALUES WITH (MODULUS 1, REMAINDER 0)"
+        )
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        self.processor("--from-start", log)
+        self.assertRevenue({"user1": 1})
+
+    def test_a_follower_counts_nothing_into_a_partition_that_was_altered(self):
+        query(PARTITIONED)
+        log = self.path("log", with_id("p", 1, "Alice", "0.004"))
+        follower = self.start("data_processor.py", "--follow", log)
+        wait_until(lambda: query("SELECT 1 FROM users_revenue"), "it follows")
+        query("ALTER TABLE part0 SET UNLOGGED")
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(with_id("p", 2, "Alice"))
+        self.assertIn("part0 is emptied when PostgreSQL crashes", follower.stderr.readline())
+        query("ALTER TABLE part0 SET LOGGED")
+        self.assertIn("they are applied again", follower.stderr.readline())
+        self.assertRevenue({"Alice": Decimal("1.004")})
