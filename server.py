@@ -1211,9 +1211,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(refusal)
         except OSError:  # while the body was read: the peer is gone, or was cut off
             self.refuse(not_whole())
+        except MemoryError:
+            self.server.is_short_of_memory = True
+            if self.state.is_answering():  # else it came after the answer
+                self.refuse(Refusal(503, "the server has not enough memory for this request"))
         except Exception:
             report_bug()
-            if self.state.is_answering():  # else it came after the answer
+            if self.state.is_answering():
                 self.send_error(500)
         finally:
             self.server.bodies.give_back(self.held)
@@ -1542,6 +1546,8 @@ class Worker:
         self.connections = {}
         # When it is True, every answer ends its connection. The main thread writes it.
         self.stopping = False
+        # Whether memory was missing for a request. Any thread writes it.
+        self.is_short_of_memory = False
         # The ids for events that come without.
         self._id_lock = threading.Lock()  # guards the next two
         self._producer = secrets.token_urlsafe(16)
@@ -1559,7 +1565,7 @@ class Worker:
         """Serve until lifeline, a pipe's reading end, reports that the parent stops or is dead, or
         until a sync of the log fails; then finish what was received. Return the exit status, or
         raise OSError or RuntimeError if there is no descriptor or thread for a connection."""
-        threading.Thread(target=self.cut_off_overdue, daemon=True).start()
+        threading.Thread(target=self.look_after, daemon=True).start()
         threading.Thread(target=time.monotonic).start()  # at least one more must be possible
         with self._selector:
             self._selector.register(self._listener, selectors.EVENT_READ)
@@ -1603,12 +1609,12 @@ class Worker:
             return False
         wire, _ = self._accepted
         wire.setblocking(True)  # on macOS it inherits the listener's non-blocking mode
-        self.connections[wire] = Connection(wire)
-        serving = threading.Thread(target=self.serve_connection, args=self._accepted, daemon=True)
         try:
-            serving.start()
-        except RuntimeError:  # there are too many threads
-            del self.connections[wire]
+            self.connections[wire] = Connection(wire)
+            target = self.serve_connection
+            threading.Thread(target=target, args=self._accepted, daemon=True).start()
+        except (RuntimeError, MemoryError):  # there are too many threads, or no memory for one
+            self.connections.pop(wire, None)
             self.make_room()
             if self.is_useless():
                 raise
@@ -1622,6 +1628,8 @@ class Worker:
         try:
             with contextlib.suppress(OSError):  # the peer is gone
                 Handler(wire, address, self)  # as in socketserver, this calls setup() and handle()
+        except MemoryError:
+            self.is_short_of_memory = True
         finally:
             del self.connections[wire]
             wire.close()
@@ -1682,16 +1690,27 @@ class Worker:
             self._next_sequence += count
         return first_id
 
-    def cut_off_overdue(self):
-        """Cut off the connections that are past their deadlines."""
+    def look_after(self):
+        """Again and again, cut off the connections that are past their deadlines, and say when
+        memory begins to be short and when it is no more."""
+        troubles = Troubles()
         while not self.stopping:
             time.sleep(DRAIN_SECONDS / 4)
             with contextlib.suppress(MemoryError):  # for the next look there may be some
-                now = time.monotonic()
-                for connection in list(self.connections.values()):
-                    overdue = now - connection.deadline
-                    if overdue > 0:
-                        connection.cut_off(overdue)
+                self.cut_off_overdue()
+                if self.is_short_of_memory:
+                    self.is_short_of_memory = False
+                    troubles.begin("Memory", "there is not enough; some requests are refused.")
+                else:
+                    troubles.end("Memory", "there is enough again.")
+
+    def cut_off_overdue(self):
+        """Cut off the connections that are past their deadlines."""
+        now = time.monotonic()
+        for connection in list(self.connections.values()):
+            overdue = now - connection.deadline
+            if overdue > 0:
+                connection.cut_off(overdue)
 
 
 def most_connections():
@@ -1844,7 +1863,7 @@ class Supervisor:
         try:
             self._writing_end.close()
             status = self._new_worker().run(self._lifeline)
-        except (OSError, RuntimeError) as error:  # no descriptor or no thread for what it needs
+        except (OSError, RuntimeError, MemoryError) as error:  # it lacks a descriptor or a thread
             warn(f"A worker cannot work: {sentence(error)}.")
         except BaseException:
             report_bug()

@@ -11,6 +11,7 @@ import tracemalloc
 import unittest
 import unittest.mock
 
+import data_processor
 import server as server_module
 from tests.tools import Server, wait_until
 from tests.tools_database import query, setUpModule
@@ -215,6 +216,29 @@ class Answering(RequestTest):
             ) as worker, socket.create_connection(worker.address, timeout=20) as wire:
                 wire.sendall(post(body=EVENT))
                 self.assertEqual(read_answer(wire)[0], status)
+
+    def test_a_lack_of_memory_is_answered_with_503_and_said_once(self):
+        log = unittest.mock.Mock(failure="", append=lambda lines, deadline, answer: answer(None))
+        with (
+            warnings_of(server_module) as said,
+            unittest.mock.patch.object(data_processor, "warn", said.append),
+            serving(log, DRAIN_SECONDS=1) as worker,
+            socket.create_connection(worker.address, timeout=20) as wire,
+        ):
+            with unittest.mock.patch.object(server_module, "judge_event", side_effect=MemoryError):
+                for _ in range(3):
+                    wire.sendall(post(body=EVENT))
+                    self.assertEqual(read_answer(wire)[0], 503)
+            wait_until(lambda: len(said) == 2, "it is said that it is over")
+            wire.sendall(post(body=EVENT))
+            self.assertEqual(read_answer(wire)[0], 200)
+        self.assertEqual(
+            said,
+            [
+                "Memory: there is not enough; some requests are refused.",
+                "Memory: there is enough again.",
+            ],
+        )
 
     def test_a_bug_is_answered_with_500(self):
         with serving(
