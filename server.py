@@ -546,12 +546,31 @@ def is_log(fd):
     no whole line yet and begins as a torn first line does. Anything else is somebody's file."""
     beginning = os.pread(fd, BLOCK_BYTES, 0)
     line, newline, _ = beginning.partition(b"\n")
-    if newline:
-        with contextlib.suppress(ValueError):
-            decode_log_line(line)
-            return True
+    if not newline:
+        line = line.rstrip(b"\0")  # which a power cut can leave
+    with contextlib.suppress(ValueError):
+        decode_log_line(line)
+        return True
+    return not newline and is_torn(line, beginning)
+
+
+# So begins an event, whatever is left of it.
+TORN_EVENT = re.compile(rb'\{[ \t]*(?:"|\Z)')
+
+
+def is_torn(line, beginning):
+    """Tell whether line may be what a kill or a power cut left of a log's first line; beginning is
+    the first BLOCK_BYTES of the file, with the NULs behind the line."""
+    if beginning[:1] in (b"", b"\0"):
+        return True
+    # A whole object, which is no event, is not torn; and no event is as long as a block.
+    if len(line) == BLOCK_BYTES or not TORN_EVENT.match(line):
         return False
-    return beginning[:1] in (b"", b"{", b"\0")  # a power cut can leave NULs
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def write_all(fd, data):
@@ -744,7 +763,7 @@ def wait_for_future(future, deadline):
 
 # ---- Requests, as they are read -----------------------------------------------------------------
 
-# A longer user id, or one with a NUL, is no event's: the database is not asked for it.
+# A longer user id, an empty one, or one with a NUL is no event's: the database is not asked for it.
 MAX_USER_CHARACTERS = 255
 
 # The rules of RFC 9110 and 9112. A field is a line of the headers or of the trailers.
@@ -1026,7 +1045,7 @@ def read_event_id(headers):
 
 def may_have_revenue(user):
     """Tell whether an event may have that user id."""
-    return len(user) <= MAX_USER_CHARACTERS and "\0" not in user
+    return 1 <= len(user) <= MAX_USER_CHARACTERS and "\0" not in user
 
 
 def read_user(path):
@@ -1897,15 +1916,19 @@ def parse_command_line(arguments):
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         parser.error("--port must be from 0 to 65535")
+    if not options.log:
+        parser.error("--log must name a file")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
     return options
 
 
-# Names of authentication schemes: those of IANA's registry that are in use, and some that are in
-# use without standing there. A scheme without credentials is no secret: the variable that should
-# have held them was not set.
-SCHEMES = b"apikey basic bearer digest dpop hmac hoba mutual negotiate ntlm oauth token vapid"
+# Names of authentication schemes: IANA's registry, and others in use. A scheme without credentials
+# is no secret: the variable that should have held them was not set.
+SCHEMES = (
+    b"basic bearer concealed digest dpop gnap hoba mutual negotiate oauth privatetoken scram-sha-1 "
+    b"scram-sha-256 vapid apikey aws4-hmac-sha256 hmac ntlm token"
+)
 
 
 def read_authorization():
@@ -1973,7 +1996,7 @@ def serve(options):
     with contextlib.ExitStack() as stack:
         with doing("use EVENTS_AUTHORIZATION"):
             authorization = read_authorization()
-        place = f"{options.host} port {options.port}"
+        place = f"{options.host or 'all addresses'} port {options.port}"
         with doing(f"listen on {place} (choose others with --host and --port)"):
             listener = stack.enter_context(listen(options.host, options.port))
             if authorization is None:

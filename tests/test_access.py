@@ -113,6 +113,7 @@ class Access(RequestTest):
             "blanks": " \t",
             "a scheme without credentials": "Bearer",
             "a scheme and a blank": "Bearer ",
+            "a scheme that few use": "PrivateToken",
             "another scheme": "Basic",
             "a scheme in other letters": "bEARER",
         }

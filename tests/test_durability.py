@@ -374,6 +374,38 @@ class Durability(SystemTest):
         server.log.unlink()
         self.assertEqual(server.post(EVENT)[0], 200)
 
+    def test_only_what_may_be_a_torn_first_line_is_taken_for_one(self):
+        stamped = with_id("p", 1).encode()
+        taken = {
+            "nothing": b"",
+            "a brace": b"{",
+            "a part": stamped[:20],
+            "all but the line end": stamped[:-1],
+            "an event before NULs": EVENT + bytes(300_000),
+            "a part before NULs": stamped[:20] + bytes(300_000),
+            "NULs": bytes(300_000),
+        }
+        left = {
+            "a whole object": b'{"a": 1}',
+            "a long object": b'{"a": "' + b"x" * 300_000 + b'"}',
+            "a part of a long object": b'{"a": "' + b"x" * 300_000,
+            "a long line": b'{"a": "' + b"x" * 300_000 + b'"}\n',
+            "a text in braces": b"{\\rtf1 text",
+            "an array": b'["a", ',
+        }
+        for case, content in (taken | left).items():
+            path = self.path(case)
+            path.write_bytes(content)
+            with self.subTest(case):
+                if case in taken:
+                    with opened_log(path) as log, captured():
+                        append(log, stamped)
+                    self.assertEqual(ids_in(path)[-1], ("p", 1))
+                else:
+                    with self.assertRaisesRegex(OSError, "is no log"), opened_log(path):
+                        pass
+                    self.assertEqual(path.read_bytes(), content)
+
     def test_a_log_that_cannot_be_opened_at_first_is_opened_later(self):
         path = self.path("log", b"Dear diary")
         log = server_module.LogWriter(str(path))

@@ -259,7 +259,7 @@ server.connect = connect
         with serving(unittest.mock.Mock(failure=""), MAX_CONNECTIONS=1) as worker:
             worker.revenues = unittest.mock.Mock()
             with socket.create_connection(worker.address, timeout=20) as wire:
-                for user in ("%00", "user%00", "x" * 256, "x" * 60_000):
+                for user in ("", "%00", "user%00", "x" * 256, "x" * 60_000):
                     wire.sendall(request("GET", f"/userEvents/{user}"))
                     self.assertEqual(read_answer(wire)[0], 404)
             worker.revenues.find_revenue.assert_not_called()
