@@ -8,7 +8,7 @@ import data_processor
 from tests.tools import SystemTest
 from tests.tools_database import query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
-from tests.tools_parts import captured
+from tests.tools_parts import captured, opened_follower
 
 
 class OneTrouble(SystemTest):
@@ -174,6 +174,17 @@ class OneTrouble(SystemTest):
         self.assertNotIn("byte ", later)
         self.assertRevenue({"u": 200, "user1": 3})
 
+    def test_another_log_in_the_same_file_has_its_own_lines_named(self):
+        log = self.path("log", with_id("p", 1) + "bad\n")
+        with captured() as output, opened_follower(log) as follower:
+            follower.look()
+            log.write_text("bad too\n" + 3 * with_id("q", 1), encoding="utf-8")
+            follower.look()
+            said = output()
+        self.assertEqual(said.count("not JSON"), 2, said)
+        self.assertIn("byte 0: not JSON", said)
+        self.assertRevenue({"user1": 2})
+
     def test_logs_that_are_renamed_at_once_are_read_although_one_fails(self):
         first = self.path("a", with_id("p", 1))
         second = self.path("b", with_id("q", 1))
@@ -250,15 +261,19 @@ class FromStart(SystemTest):
         self.assertIn("1 applied, 1,998 repeated", output)
         self.assertRevenue({"user1": 1999})
 
-    def test_a_plain_log_counts_once(self):
+    def test_a_plain_log_counts_once_although_it_is_read_from_its_start(self):
         plain = '{"userId": "u", "name": "add_revenue", "value": 1}\n'
-        log = self.path("log", plain * 10)
-        self.processor(log)
+        bad = "x" * (len(plain) - 1) + "\n"
+        rest = plain * 2000
+        self.assertGreater(len(rest), data_processor.DIGEST_BYTES)
+        log = self.path("log", plain + bad + rest)
+        self.processor(log, status=1)
         with open(log, "a", encoding="utf-8") as file:
             file.write(plain * 3)
-        output, _ = self.processor("--from-start", log)
-        self.assertIn("3 applied", output)
-        self.assertRevenue({"u": 13})
+        output, errors = self.processor("--from-start", log, status=1)
+        self.assertIn(f"byte {len(plain)}: not JSON", errors, "it is read from its start")
+        self.assertIn("3 applied, 0 repeated, 1 rejected", output)
+        self.assertRevenue({"u": 2004})
 
     def test_a_follower_reads_a_log_from_its_start_once(self):
         log = self.path("log", with_id("p", 1))

@@ -139,7 +139,7 @@ def small_slices(cores, **settings):
 
 def events_of(found):
     """Return what each event of BlockEvents means."""
-    return [normal(data_processor.LogLine._make(row)) for row in zip(*found.columns)]
+    return [normal(data_processor.LogLine._make(row)) for row in found.rows]
 
 
 def normal(line):
