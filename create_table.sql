@@ -17,7 +17,8 @@ DECLARE
     tables oid[];  -- all three
     relations oid[];  -- the three, and the partitions of those that are partitioned
     shape text;  -- what the catalogue says of the relations, as a hash
-    stamp_pattern constant text := '\[event tables (\{[^]]*\})\]';
+    -- (No pattern has a backslash: it means another thing if standard_conforming_strings is off.)
+    stamp_pattern constant text := '[[]event tables ([{][^]]*[}])[]]';
     faults text[];
     common_stamp text;  -- the stamp of the tables; NULL unless all three have the same one
 BEGIN
@@ -31,6 +32,11 @@ BEGIN
         RAISE EXCEPTION 'The database % is encoded in %; create one with: createdb '
             '--encoding=UTF8 --template=template0 NAME, and set PGDATABASE to its name',
             current_database(), current_setting('server_encoding');
+    END IF;
+
+    IF temporary AND (SELECT reset_val FROM pg_settings WHERE name = 'search_path') = 'pg_temp' THEN
+        RAISE EXCEPTION 'The search_path of % leads to temporary tables alone; set another: '
+            'ALTER ROLE NAME SET search_path = SCHEMA', current_user;
     END IF;
 
     -- ---- The tables that are missing -------------------------------------------------------
@@ -302,8 +308,8 @@ BEGIN
                 WHERE classid = 'pg_class'::regclass AND deptype = 'i'
                 AND refclassid = 'pg_class'::regclass AND refobjid = ANY (tables)
             )
-            SELECT format('%s uses up the sequence %s, which has less than 64 bits; mend it with: ',
-                          relation::regclass, seqrelid::regclass)
+            SELECT format('%s uses up the sequence %s, which ends before 64 bits are full; mend it '
+                          'with: ', relation::regclass, seqrelid::regclass)
                 || concat_ws('; ', column_change, sequence_change)
             FROM uses
             JOIN pg_sequence ON seqrelid = sequence
@@ -313,7 +319,8 @@ BEGIN
                 THEN format('ALTER TABLE %s ALTER COLUMN %I TYPE bigint', relation::regclass,
                             attname) END,
                 CASE WHEN seqtypid <> 'bigint'::regtype
-                THEN format('ALTER SEQUENCE %s AS bigint', seqrelid::regclass) END
+                    OR seqincrement > 0 AND seqmax < 9223372036854775807
+                THEN format('ALTER SEQUENCE %s AS bigint NO MAXVALUE', seqrelid::regclass) END
             ) AS changes (column_change, sequence_change)
             WHERE column_change IS NOT NULL OR sequence_change IS NOT NULL);
 
@@ -325,6 +332,10 @@ BEGIN
         -- key is in mixed case, not trimmed and not in ASCII; a trigger may change any of that.
         DECLARE
             probe constant text := ' Pröbe, which create_table.sql tries and takes back ';
+            -- Small and large ones, and a sum below zero: a trigger may look at only some of them.
+            amounts constant numeric[] := '{0.000000000000000001, 0.000000000000000001,
+                111111111111111111.1, -222222222222222222.2}';
+            amount numeric;
             probe_log constant bytea := sha256(convert_to(probe, 'UTF8'));
             tried record;
             is_as_written boolean;
@@ -338,16 +349,16 @@ BEGIN
                 is_as_written := NULL;
                 BEGIN
                     IF tried.relname = 'users_revenue' THEN
-                        FOR attempt IN 1..2 LOOP
+                        FOREACH amount IN ARRAY amounts LOOP
                             INSERT INTO users_revenue AS old (user_id, revenue)
-                            VALUES (probe, 111111111111111111.111111111111111111)
+                            VALUES (probe, amount)
                             ON CONFLICT (user_id)
                             DO UPDATE SET revenue = old.revenue + excluded.revenue;
                         END LOOP;
                         SET CONSTRAINTS ALL IMMEDIATE;  -- runs deferred triggers now
                         is_as_written := EXISTS (
                             SELECT FROM users_revenue WHERE user_id = probe
-                            AND revenue = 222222222222222222.222222222222222222);
+                            AND revenue = (SELECT sum(each) FROM unnest(amounts) AS each));
                     ELSIF tried.relname = 'event_producers' THEN
                         INSERT INTO event_producers (producer_id) VALUES (probe);
                         UPDATE event_producers SET applied = applied + '{[1,9)}'
@@ -394,7 +405,9 @@ BEGIN
         old_stamp jsonb;
         have_one_origin boolean;
         ids_are_in_place boolean;  -- so what was counted is known, whatever became of the users
+        all_are_in_place boolean;
         were_truncated_at_once boolean;
+        rewritten_and_empty text;  -- such a table, perhaps by TRUNCATE
         may_stamp boolean;
         emptied text;  -- the table that lost what it held
         fault text;
@@ -452,7 +465,7 @@ BEGIN
                     'event_logs', jsonb_build_object(
                         'oid', part[5], 'file', part[8], 'holds', part[12])
                 )::text
-                FROM string_to_array(substring(comment FROM '\[events ([0-9a-f]{32} [^]]*)\]'),
+                FROM string_to_array(substring(comment FROM '[[]events ([0-9a-f]{32} [^]]*)[]]'),
                                      ' ') AS part
                 WHERE part IS NOT NULL
             )) AS stamp
@@ -469,10 +482,14 @@ BEGIN
             count(DISTINCT (is_in_place, CASE WHEN is_in_place THEN known ELSE stamp::jsonb END))
                 = 1,
             bool_and(is_in_place) FILTER (WHERE name <> 'users_revenue'),
+            bool_and(is_in_place),
             -- One transaction gave a new file to all three.
             bool_and(is_in_place AND has_new_file) AND count(DISTINCT written_by) = 1,
+            min(name) FILTER (
+                WHERE has_new_file AND new_stamp::jsonb -> name ->> 'holds' = 'false'),
             max(stamp)::jsonb
-        INTO have_one_origin, ids_are_in_place, were_truncated_at_once, old_stamp
+        INTO have_one_origin, ids_are_in_place, all_are_in_place, were_truncated_at_once,
+            rewritten_and_empty, old_stamp
         FROM compared;
         users_then := old_stamp -> 'users_revenue' ->> 'holds';
         ids_then := old_stamp -> 'event_producers' ->> 'holds';
@@ -489,14 +506,15 @@ BEGIN
             WHEN positions_then AND NOT positions_now THEN 'event_logs'
             WHEN ids_then AND NOT ids_now THEN 'event_producers'
             WHEN users_then AND NOT users_now THEN 'users_revenue'
-            -- Ids came since then, and what came with them is gone. (A role that does not own the
-            -- tables counted: it cannot renew the stamp.)
+            -- Only the owner of the tables can stamp them. So others may have counted since then:
+            -- ids came, and what came with them is gone.
             WHEN ids_now AND NOT ids_then AND NOT positions_now THEN 'event_logs'
             WHEN ids_now AND NOT ids_then AND NOT users_now THEN 'users_revenue'
-            -- Users came since then, and no position. They may be opening balances; but a role
-            -- that does not own the tables cannot know, so the owner must say so.
-            WHEN users_now AND NOT users_then AND NOT positions_now AND NOT may_stamp
-                THEN 'event_logs'
+            -- Users came, and no position; or an empty table is another file than it was. This may
+            -- be right (opening balances; VACUUM FULL): the owner says so by running this file.
+            WHEN may_stamp THEN NULL
+            WHEN users_now AND NOT users_then AND NOT positions_now THEN 'event_logs'
+            ELSE rewritten_and_empty
         END;
         IF NOT (users_now OR ids_now OR positions_now) THEN
             fault := NULL;  -- nothing was counted yet, or all of it is to be counted again
@@ -538,10 +556,24 @@ BEGIN
                 'all of them. To begin at zero: %', fault, recount, begin_at_zero;
         END IF;
 
+        -- COMMENT takes a lock that CREATE INDEX CONCURRENTLY holds, too, while it waits for this
+        -- transaction to end. So where no loss could be overlooked, the stamp is left to a later
+        -- run.
+        IF all_are_in_place AND users_then = users_now AND ids_then = ids_now
+                AND positions_then = positions_now THEN
+            BEGIN
+                LOCK TABLE users_revenue, event_producers, event_logs
+                    IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
+            EXCEPTION
+                WHEN lock_not_available THEN may_stamp := false;
+                WHEN insufficient_privilege THEN NULL;
+            END;
+        END IF;
         IF may_stamp THEN
             FOREACH listed IN ARRAY tables LOOP  -- in this order, because COMMENT locks the table
                 old_comment := coalesce(obj_description(listed, 'pg_class'), '');
-                old_comment := regexp_replace(old_comment, ' ?\[event(s| tables) [^]]*\]', '', 'g');
+                old_comment := regexp_replace(
+                    old_comment, ' ?[[](event tables [{]|events [0-9a-f]{32} )[^]]*[]]', '', 'g');
                 EXECUTE format('COMMENT ON TABLE %s IS %L', listed,
                                ltrim(format('%s [event tables %s]', old_comment, new_stamp)));
             END LOOP;

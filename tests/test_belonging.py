@@ -199,7 +199,9 @@ class Belonging(SystemTest):
         writer = {"PGOPTIONS": "-c role=events_test_writer"}
         losses = {
             "users": ("TRUNCATE users_revenue", "users_revenue was emptied"),
-            "ids": ("TRUNCATE event_producers, event_logs", "event_logs was emptied"),
+            "ids and positions": ("TRUNCATE event_producers, event_logs", "event_logs was emptied"),
+            "ids": ("TRUNCATE event_producers", "event_producers was emptied"),
+            "positions": ("DELETE FROM event_logs", "event_logs was emptied"),
         }
         for case, (statement, words) in losses.items():
             with self.subTest(case):
@@ -332,3 +334,11 @@ class Belonging(SystemTest):
         dsn = database_url(options="-c search_path=own,public")
         _, errors = self.processor(self.log, status=1, DATABASE_URL=dsn)
         self.assertIn("missing: users_revenue", errors)
+
+    def test_words_in_a_comment_that_look_like_a_stamp_are_none(self):
+        query("COMMENT ON TABLE users_revenue IS 'Revenue [events 2026 to 2027]'")
+        self.append_more()
+        self.processor(self.log)
+        self.assertRevenue({"user1": 301})
+        ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
+        self.assertRegex(comment, r"^Revenue \[events 2026 to 2027\] \[event tables ")

@@ -4,7 +4,7 @@ import os
 from decimal import Decimal
 
 from tests.tools import SystemTest, wait_until
-from tests.tools_database import query, setUpModule  # noqa: F401
+from tests.tools_database import database_url, open_transaction, query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
 
 # A users_revenue with a partition, which takes every user.
@@ -55,11 +55,11 @@ class Shape(SystemTest):
         ),
         "serial": (
             "ALTER TABLE users_revenue ADD id serial",
-            "which has less than 64 bits",
+            "which ends before 64 bits are full",
         ),
         "a small identity": (
             "ALTER TABLE users_revenue ADD id int GENERATED ALWAYS AS IDENTITY",
-            "which has less than 64 bits",
+            "which ends before 64 bits are full",
         ),
         "a trigger that changes users": (
             "CREATE OR REPLACE FUNCTION lowers() RETURNS trigger LANGUAGE plpgsql AS "
@@ -104,14 +104,35 @@ class Shape(SystemTest):
         "a small column of a large sequence": (
             "CREATE SEQUENCE IF NOT EXISTS large;"
             "ALTER TABLE users_revenue ADD id int DEFAULT nextval('large')",
-            "which has less than 64 bits; mend it with: ALTER TABLE users_revenue ALTER COLUMN id "
-            "TYPE bigint\n",
+            "which ends before 64 bits are full; mend it with: ALTER TABLE users_revenue "
+            "ALTER COLUMN id TYPE bigint\n",
         ),
         "a text of a small sequence": (
             "CREATE SEQUENCE IF NOT EXISTS small AS smallint;"
             "ALTER SEQUENCE small AS smallint MAXVALUE 32767;"
             "ALTER TABLE users_revenue ADD id text DEFAULT 'n' || nextval('small')",
-            "which has less than 64 bits; mend it with: ALTER SEQUENCE small AS bigint\n",
+            "which ends before 64 bits are full; mend it with: ALTER SEQUENCE small AS bigint "
+            "NO MAXVALUE\n",
+        ),
+        "a sequence with an end": (
+            "CREATE SEQUENCE IF NOT EXISTS short; ALTER SEQUENCE short MAXVALUE 3;"
+            "ALTER TABLE users_revenue ADD id bigint DEFAULT nextval('short')",
+            "users_revenue uses up the sequence short, which ends",
+        ),
+        "a trigger that allows no debts": (
+            "CREATE OR REPLACE FUNCTION lifts() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN NEW.revenue := greatest(NEW.revenue, 0); RETURN NEW; END';"
+            "CREATE TRIGGER lifting BEFORE INSERT OR UPDATE ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION lifts()",
+            "has a trigger that changes what is written",
+        ),
+        "a trigger that rounds small sums": (
+            "CREATE OR REPLACE FUNCTION rounds_small() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN IF NEW.revenue < 9 THEN NEW.revenue := round(NEW.revenue, 2); END IF; "
+            "RETURN NEW; END';"
+            "CREATE TRIGGER rounding BEFORE UPDATE ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION rounds_small()",
+            "has a trigger that changes what is written",
         ),
         "a serial of producers": (
             "ALTER TABLE event_producers ADD id serial",
@@ -310,3 +331,25 @@ class Shape(SystemTest):
         query("ALTER TABLE part0 SET LOGGED")
         self.assertIn("they are applied again", follower.stderr.readline())
         self.assertRevenue({"Alice": Decimal("1.004")})
+
+    def test_an_index_is_created_concurrently_while_events_are_counted(self):
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        with open_transaction("LOCK TABLE event_logs IN SHARE UPDATE EXCLUSIVE MODE"):
+            query("ALTER TABLE users_revenue ALTER revenue SET STATISTICS 100")  # another shape
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(with_id("p", 2))
+            self.processor(log)
+        self.assertRevenue({"user1": 2})
+
+    def test_a_path_to_temporary_tables_alone_is_refused(self):
+        dsn = database_url(options="-c search_path=pg_temp")
+        _, errors = self.processor(self.path("log", with_id("p", 1)), status=1, DATABASE_URL=dsn)
+        self.assertIn("leads to temporary tables alone", errors)
+
+    def test_the_tables_fit_although_strings_have_escapes(self):
+        dsn = database_url(options="-c standard_conforming_strings=off")
+        log = self.path("log", with_id("p", 1))
+        for _ in range(2):
+            self.processor(log, DATABASE_URL=dsn)
+        self.assertRevenue({"user1": 1})
