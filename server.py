@@ -92,6 +92,9 @@ MAX_BODY_BYTES = 1024 * 1024
 MAX_LINES = 10_000
 # The request line and the headers together; also the size line of a chunk, and the trailers.
 MAX_HEAD_BYTES = 64 * 1024
+# Headers of a request. As long as a connection is open, its last ones are kept, and many short ones
+# hold far more memory than their bytes.
+MAX_FIELDS = 100
 
 # Bounds of what all requests of a worker hold in memory together.
 # Bodies, until their lines were given to the log or refused. What is over it gets 503.
@@ -866,6 +869,8 @@ def read_request(rfile):
     version = head["version"]
     if not version.startswith("HTTP/1."):
         raise Refusal(505, "the server speaks HTTP/1.1")
+    if head["fields"].count("\n") > MAX_FIELDS:
+        raise Refusal(431, f"a request must have at most {MAX_FIELDS} headers")
     headers = Headers()
     for name, value in FIELD.findall(head["fields"]):
         name = name.lower()
@@ -1770,6 +1775,8 @@ class Supervisor:
         signal.signal(signal.SIGALRM, self._kill)
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
+        # Whoever started this process may have blocked them.
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         try:
             for _ in range(self._count):
                 self._start_worker()

@@ -291,6 +291,7 @@ class Framing(RequestTest):
         self.assertRefused(
             431,
             {
+                "101 fields": post(*["X: x"] * 98, body=EVENT),
                 "10,000 fields": post(*[f"X-{i}: x" for i in range(10_000)], body=EVENT),
                 "a field of 70,000 bytes": post("X: " + "x" * 70_000, body=EVENT),
                 "a trailer of 20,000 fields": chunked(
@@ -301,6 +302,10 @@ class Framing(RequestTest):
                 ),
             },
         )
+
+    def test_a_hundred_fields_are_accepted(self):
+        server = Server(self)
+        self.assertStatus(server, 200, post(*["X: x"] * 97, body=EVENT))
 
     def test_another_version_is_refused_with_505(self):
         self.assertRefused(

@@ -135,6 +135,15 @@ sys.stderr = open("/dev/full", "w", 1)
             self.assertTrue(server.log.read_bytes().endswith(b"}\n"))
             self.assertEqual(server.errors.read_text(), "")
 
+    def test_a_server_that_was_started_with_blocked_signals_can_be_stopped(self):
+        blocked = {signal.SIGTERM, signal.SIGINT, signal.SIGALRM}
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            server = Server(self, "--workers", "1")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+        self.assertEqual(server.stop(), 0)
+
     def test_a_server_that_is_told_to_stop_leaves_those_who_keep_connecting(self):
         server = Server(self, patch="server.BACKLOG_SECONDS = 0.2")
         over = threading.Event()
