@@ -306,7 +306,7 @@ class Delivery(ClientTest):
                     "the client is at it",
                 )
                 client.send_signal(number)
-                output, errors = client.communicate(timeout=5)
+                output, errors = client.communicate(timeout=20)
                 self.assertEqual((output, client.returncode), ("", status))
                 self.assertNotIn("Traceback", errors)
                 producers.add(self.producer_id())
@@ -325,7 +325,7 @@ class Delivery(ClientTest):
             )
             time.sleep(0.5)
             client.send_signal(signal.SIGTERM)
-            self.assertEqual((client.wait(2), self.state.exists()), (143, True))
+            self.assertEqual((client.wait(20), self.state.exists()), (143, True))
 
     def test_only_a_delivery_that_was_begun_by_a_client_is_overwritten(self):
         self.path("events.jsonl", EVENT + b"\n")

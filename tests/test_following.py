@@ -44,7 +44,7 @@ class Following(SystemTest):
     def assertStops(self, follower):
         """Check that a follower ends quietly when it is told to."""
         follower.terminate()
-        self.assertEqual(follower.wait(10), 0)
+        self.assertEqual(follower.wait(20), 0)
         began = "server-events.jsonl: No such file.*\n"
         ended = "server-events.jsonl: is read again.\n"
         self.assertRegex(follower.stderr.read(), rf"\A({began}({ended})?)*\Z")
@@ -281,7 +281,7 @@ class Following(SystemTest):
                 wait_until(lambda: len(waiting()) == number, "the processor waits")
                 processor.terminate()
                 self.assertEqual(
-                    (processor.communicate(timeout=5), processor.returncode), (("", ""), status)
+                    (processor.communicate(timeout=20), processor.returncode), (("", ""), status)
                 )
 
     def test_a_renamed_log_is_read_when_its_writer_is_done(self):

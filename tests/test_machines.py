@@ -93,7 +93,7 @@ class Machines(SystemTest):
                 killed_at[n] = logs[n].stat().st_size
                 servers[n] = Server(self, log=f"log{n}", port=servers[n].port, **self.SECRET)
         for client in self.clients:
-            _, errors = client.communicate()
+            _, errors = client.communicate(timeout=60)
             self.assertEqual(client.returncode, 0, errors)
         for follower in followers:
             follower.terminate()

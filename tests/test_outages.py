@@ -22,7 +22,7 @@ class Outages(SystemTest):
                 wait_until(lambda: len(waiting()) == number, "the processor waits")
                 processor.send_signal(signal.SIGINT)
                 self.assertEqual(
-                    (processor.communicate(timeout=5), processor.returncode), (("", ""), 130)
+                    (processor.communicate(timeout=20), processor.returncode), (("", ""), 130)
                 )
         self.processor(log)
         self.assertRevenue({"user1": 1})

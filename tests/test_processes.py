@@ -109,7 +109,6 @@ sys.stderr = open("/dev/full", "w", 1)
         wait_until(
             lambda: can_bind(server.port) and not any(map(alive, workers)),
             "port and workers are gone",
-            seconds=1,
         )
 
     def test_a_server_that_is_told_to_stop_finishes_what_it_received(self):

@@ -162,7 +162,7 @@ class Tables(SystemTest):
                 log = self.path(f"log-{producer}", "".join(lines))
                 for _ in range(4):
                     run = self.start("data_processor.py", log)
-                    _, errors = run.communicate()
+                    _, errors = run.communicate(timeout=60)
                     if run.returncode == 0:
                         break
                     query(

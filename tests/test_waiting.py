@@ -129,7 +129,7 @@ class Locks(SystemTest):
             run = self.start("data_processor.py", log)
             wait_until(waiting, "it waits for the lock")
             run.send_signal(signal.SIGINT)
-            self.assertEqual(run.wait(5), 130)
+            self.assertEqual(run.wait(20), 130)
 
     def test_a_log_that_a_stranger_locks_stops_only_itself(self):
         locked = self.path("locked", with_id("p", 1))
