@@ -815,24 +815,23 @@ class ConnectFailed(OSError):
 class Addresses:
     """Connections to hosts, which may have several addresses each.
 
-    _worked  {(host, port): the address that took the last connection}; threads share it, and
-             replace whole values only
+    _failures  {address: when it last failed}; threads share it, and replace whole values only
     """
 
     def __init__(self):
-        self._worked = {}
+        self._failures = {}
 
-    def connect(self, target, timeout, _source_address=None):
-        """Return a socket connected to target (host, port), or raise ConnectFailed. All addresses
-        together have timeout seconds. The time-out of the socket is the one for sending."""
+    def connect(self, target, timeout):
+        """Return a socket connected to target (host, port) and its address, or raise ConnectFailed.
+        All addresses together have timeout seconds. The time-out of the socket is the one for
+        sending."""
         host, port = target
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectFailed(f"{host}: {words_of(error)}") from error
-        # The one that worked comes first. A dead one costs its time only once.
-        worked = self._worked.get(target)
-        found.sort(key=lambda entry: entry[4] != worked)
+        # The one that failed last is tried last: a dead one costs its time only once.
+        found.sort(key=lambda entry: self._failures.get(entry[4], 0.0))
         seconds = min(CONNECT_SECONDS, max(timeout / len(found), STEP_SECONDS))
         reasons = []
         for family, kind, protocol, _, address in found:
@@ -847,12 +846,16 @@ class Addresses:
                 set_probes(connection)
             except OSError as error:
                 connection.close()
+                self.note_failure(address)
                 reasons.append(f"{address[0]}: {words_of(error)}")
                 continue
             connection.settimeout(STALL_SECONDS)
-            self._worked[target] = address
-            return connection
+            return connection, address
         raise ConnectFailed("; ".join(reasons))
+
+    def note_failure(self, address):
+        """Note that an address took no connection, or gave no answer."""
+        self._failures[address] = time.monotonic()
 
 
 def set_probes(connection):
@@ -870,6 +873,17 @@ def set_probes(connection):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+class FinalResponse(http.client.HTTPResponse):
+    """The answer to a request, without the interim ones (1xx) that may come before it."""
+
+    def begin(self):
+        """Read the head of the answer. http.client itself passes over status 100 alone."""
+        super().begin()
+        while 101 < self.status < 200:
+            self.headers = None  # else begin() takes the head for read
+            super().begin()
+
+
 class Connection(http.client.HTTPConnection):
     """A connection on which a request lasts as long as bytes move, and its answer is read although
     the request could not be sent whole.
@@ -879,16 +893,23 @@ class Connection(http.client.HTTPConnection):
     urllib makes a Connection for each request, in do_open(), and calls request(), which calls
     send(), and then getresponse(). send() and getresponse() are ours; the others are http.client's.
 
+    response_class      what http.client's getresponse() returns
     _create_connection  http.client's connect() calls it, as socket.create_connection is called,
                         before it asks a proxy for a tunnel and before TLS begins. http.client does
                         not document it: if a new Python drops it, the test
                         test_the_reasons_of_all_addresses_are_said fails
+    _addresses          where the address is chosen
+    _address            that took the connection; None before that
     _send_error         why the request could not be sent whole, or None
     """
 
+    response_class = FinalResponse
+
     def __init__(self, host, addresses, **options):
         super().__init__(host, **options)
-        self._create_connection = addresses.connect
+        self._create_connection = self._connect_to_an_address
+        self._addresses = addresses
+        self._address = None
         self._send_error = None
 
     def send(self, data):
@@ -898,7 +919,8 @@ class Connection(http.client.HTTPConnection):
         raises that error.
         """
         if self.sock is None:
-            self.connect()
+            with self._noting_failure():
+                self.connect()
         unsent = memoryview(data)
         while unsent and self._send_error is None:
             try:
@@ -909,14 +931,29 @@ class Connection(http.client.HTTPConnection):
 
     def getresponse(self):
         """Return the answer, or raise what kept the request from being sent."""
-        if self._send_error is None:
-            self.sock.settimeout(self.timeout)
-            return super().getresponse()
-        self.sock.settimeout(REFUSAL_SECONDS)
+        with self._noting_failure():
+            if self._send_error is None:
+                self.sock.settimeout(self.timeout)
+                return super().getresponse()
+            self.sock.settimeout(REFUSAL_SECONDS)
+            try:
+                return super().getresponse()
+            except (OSError, http.client.HTTPException):
+                raise self._send_error from None
+
+    def _connect_to_an_address(self, target, timeout, _source_address):
+        connection, self._address = self._addresses.connect(target, timeout)
+        return connection
+
+    @contextlib.contextmanager
+    def _noting_failure(self):
+        """Let an address that takes connections, and then gives no answer, be tried last."""
         try:
-            return super().getresponse()
+            yield
         except (OSError, http.client.HTTPException):
-            raise self._send_error from None
+            if self._address:
+                self._addresses.note_failure(self._address)
+            raise
 
 
 class OpenHttp(urllib.request.HTTPHandler):

@@ -376,8 +376,63 @@ class Reaching(ClientTest):
             calls = {"getaddrinfo": lambda *_, **__: list(found), "socket": Socket}
             with mock.patch.multiple(client_module.socket, **calls):
                 for _ in range(3):
-                    addresses.connect(("server", 80), 30).close()
+                    connection, address = addresses.connect(("server", 80), 30)
+                    connection.close()
+                    self.assertEqual(address, good)
         self.assertEqual(tried, [dead, good[1], good[1], good[1]])
+
+    def test_an_address_that_gives_no_answer_is_tried_last(self):
+        self.path("events.jsonl", EVENT)
+        silent = threading.Event()
+        self.addCleanup(silent.set)
+        deaf = {
+            "it closes": lambda wire: None,
+            "it says nothing": lambda wire: silent.wait(20),
+            "it speaks no HTTP": lambda wire: wire.sendall(b"SSH-2.0-x\r\n"),
+        }
+        for case, answer in deaf.items():
+            taken = []
+            with (
+                self.subTest(case),
+                Recorder(options=[BATCHES], post=lambda *_: (200, {}, ACCEPTED)) as server,
+                socket.create_server(("127.0.0.1", 0)) as listener,
+            ):
+                def take():
+                    with contextlib.suppress(OSError):
+                        while True:
+                            wire, _ = listener.accept()
+                            with wire:
+                                taken.append(wire.recv(1000))
+                                answer(wire)
+
+                threading.Thread(target=take, daemon=True).start()
+                good = int(server.url.split(":")[2].split("/")[0])
+                entry = "(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.0.1', {0}))"
+                bad = listener.getsockname()[1]
+                found = f"[{entry.format(bad)}, {entry.format(good)}]"
+                patch = f"import socket; socket.getaddrinfo = lambda *_, **__: {found}"
+                patch += "\nclient.STALL_SECONDS = 0.5"
+                arguments = ("--url", "http://server/liveEvent", "--give-up-after", 0.5, "--restart")
+                _, output, errors = self.run_client(*arguments, patch=patch)
+                self.assertIn("1 events accepted", output, errors)
+                self.assertEqual(len(taken), 1)
+                listener.shutdown(socket.SHUT_RDWR)
+
+    def test_an_interim_answer_is_passed_over(self):
+        interim = b"HTTP/1.1 100 Continue\r\n\r\n" + (
+            b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nConnection: close\r\n\r\n"
+            b"HTTP/1.1 102 Processing\r\n\r\n"
+        )
+
+        def answer(wire, _head):
+            wire.sendall(interim)
+            send_answer(wire)
+
+        self.path("events.jsonl", EVENT)
+        with RawServer(answer) as server:
+            output, _ = self.client("--url", server.url)
+        self.assertIn("1 events accepted", output)
+        self.assertEqual(server.posts, 1)
 
     def test_the_reasons_of_all_addresses_are_said(self):
         self.path("events.jsonl", EVENT)
