@@ -32,6 +32,7 @@ import typing
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 
 if sys.version_info < (3, 11):
     sys.exit("client.py needs Python 3.11 or newer.")
@@ -377,30 +378,39 @@ class Note(typing.NamedTuple):
         fields = {**self.progress._asdict(), "rejectedLines": texts}
         if self.rejected_name:
             fields["rejectedLinesIn"] = self.rejected_name
-        return json.dumps(fields).encode() + b"\n"
+        return encode_line(fields)
 
 
-def decode_note(line, before):
-    """Return the Note that line holds, or None if it is not whole or does not follow on the
-    progress before."""
-    fields = decode_object(line)
+def decode_note(line):
+    """Return the Note that line holds, or None if it is not whole."""
+    fields = decode_line(line)
     if fields is None or not line.endswith(b"\n"):
         return None
     try:
         progress = Progress(*[fields[name] for name in Progress._fields])
         rejected_lines = [text.encode("latin-1") for text in fields["rejectedLines"]]
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except KeyError:
         return None
-    if not all(is_count(count) for count in progress):
+    return Note(progress, rejected_lines, fields.get("rejectedLinesIn"))
+
+
+def encode_line(fields):
+    """Return a line of FILE.delivery, in bytes, with its checksum as one more field."""
+    return json.dumps({**fields, "crc32": checksum(fields)}).encode() + b"\n"
+
+
+def decode_line(line):
+    """Return the fields that encode_line() was given, or None if line is not what it returned, with
+    or without its line end."""
+    fields = decode_object(line)
+    if fields is None or fields.pop("crc32", None) != checksum(fields):
         return None
-    if any(now < then for now, then in zip(progress, before)):
-        return None
-    if progress.rejected - before.rejected != len(rejected_lines):
-        return None
-    rejected_name = fields.get("rejectedLinesIn")
-    if not isinstance(rejected_name, (str, type(None))):
-        return None
-    return Note(progress, rejected_lines, rejected_name)
+    return fields
+
+
+def checksum(fields):
+    """Return the CRC-32 of fields as JSON."""
+    return zlib.crc32(json.dumps(fields).encode())
 
 
 class StateFile:
@@ -469,7 +479,11 @@ class StateFile:
             line = file.readline(MAX_NOTE_BYTES)
         if self._was_never_sent(line):
             return None
-        state = decode_object(line) or {}
+        state = decode_line(line)
+        if state is None:
+            state = decode_object(line) or {}
+            if "crc32" in state:  # clients of earlier versions wrote none
+                state = {}
         producer_id = state.get("producerId")
         if not isinstance(producer_id, str) or not PRODUCER_ID.fullmatch(producer_id):
             raise Failure(f"{self.path} cannot be understood. {RESTART_ADVICE}")
@@ -491,7 +505,8 @@ class StateFile:
             return False
         written = line.rstrip(b"\0")  # a power cut can leave these
         # Part of a first line, or nothing. Any other text is somebody's, and is not overwritten.
-        return written.startswith(STATE_BEGINNING) or STATE_BEGINNING.startswith(written)
+        is_part = written.startswith(STATE_BEGINNING) or STATE_BEGINNING.startswith(written)
+        return is_part and b"}" not in written
 
     def rejected_lines(self):
         """Yield the rejected lines of all notes."""
@@ -503,15 +518,13 @@ class StateFile:
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             end = len(file.readline(MAX_NOTE_BYTES))
-            before = Progress()
             while True:
                 line = file.readline(MAX_NOTE_BYTES)
-                note = decode_note(line, before)
+                note = decode_note(line)
                 if note is None:
                     return
                 end += len(line)
                 yield note, end
-                before = note.progress
 
     def is_complete(self, content):
         """Tell whether every line of the content is answered, and no rejected line is needed."""
@@ -528,7 +541,7 @@ class StateFile:
         self.progress = Progress()
         state = {"producerId": self.producer_id, **content._asdict()}
         self._end = 0
-        self._append(json.dumps(state).encode() + b"\n")
+        self._append(encode_line(state))
         self._sync_with_name()
 
     def resume(self):
@@ -1538,7 +1551,7 @@ def begin_or_resume(state, source, restart):
         raise Failure(f"{source.name} was renamed meanwhile. Run this command again.")
     if unfinished is None:
         state.begin(source.content)
-    elif unfinished == source.content and state.progress.offset <= source.content.size:
+    elif unfinished == source.content:
         state.resume()
         warn(f"{source.name}: going on with the delivery that was interrupted.")
     elif state.is_complete(unfinished):

@@ -1,9 +1,11 @@
 """A delivery that was interrupted anywhere is continued, and loses and doubles nothing."""
 
+import contextlib
 import errno
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -73,16 +75,9 @@ class Continued(ClientTest):
             "zeros before": (b"\0" * len(one) + two, [1, 3, 5]),
             "no notes": (b"", [1, 3, 5]),
             "no line end": (None, [1, 3, 5]),
-            "a list": (b"[]\n" + two, [1, 3, 5]),
             "nested": (b"[" * 100_000 + b"\n" + two, [1, 3, 5]),
-            "negative": (one.replace(b'"lines": 2', b'"lines": -2'), [1, 3, 5]),
-            "a fraction": (one.replace(b'"lines": 2', b'"lines": 2.0'), [1, 3, 5]),
-            "a boolean": (one.replace(b'"lines": 2', b'"lines": true'), [1, 3, 5]),
-            "backward": (two + one, [5]),
-            "a rejected line that is missing": (
-                one.replace(b'"rejected": 0', b'"rejected": 1'),
-                [1, 3, 5],
-            ),
+            "another number": (one.replace(b'"lines": 2', b'"lines": 3'), [1, 3, 5]),
+            "no checksum": (re.sub(b', "crc32": .*}', b"}", one), [1, 3, 5]),
             "whole": (one + two, [5]),
         }
         for case, (notes, expected) in cases.items():
@@ -94,12 +89,28 @@ class Continued(ClientTest):
                 self.assertEqual(sent, expected)
                 self.assertIn("5 events accepted", output)
 
-    def test_a_note_beyond_the_end_of_the_file_is_refused(self):
-        self.path("events.jsonl", (EVENT + b"\n") * 3)
-        self.deliver(1)
-        self.state.write_bytes(self.state.read_bytes().replace(b'"offset": ', b'"offset": 99'))
-        _, _, errors = self.deliver(9)
-        self.assertIn("--restart", errors)
+    def test_no_byte_of_a_state_file_is_believed_that_was_not_written(self):
+        events = self.path("events.jsonl", (EVENT + b"\n") * 5)
+        self.deliver(2)
+        written = self.state.read_bytes()
+        with contextlib.closing(client_module.StateFile(str(events))) as state:
+            content = state.load()
+        progress = [client_module.Progress(*[n, n * len(EVENT + b"\n"), n, 0]) for n in (0, 2, 4)]
+        self.assertEqual(state.progress, progress[2])
+        refused = 0
+        for at, bit in itertools.product(range(len(written)), range(8)):
+            damaged = bytearray(written)
+            damaged[at] ^= 1 << bit
+            self.state.write_bytes(damaged)
+            with contextlib.closing(client_module.StateFile(str(events))) as found:
+                try:
+                    self.assertEqual(found.load(), content)
+                except client_module.Failure:
+                    refused += 1
+                    continue
+                self.assertEqual(found.producer_id, state.producer_id)
+                self.assertIn(found.progress, progress)
+        self.assertGreater(refused, 500)
 
     def test_the_rejected_lines_of_all_clients_are_together_in_the_end(self):
         self.path("events.jsonl", b"\xff\x00bad\r\n" + EVENT + b"\n\n" + EVENT + b"\nworse")
@@ -152,8 +163,8 @@ class Continued(ClientTest):
             captured(),
             open("/dev/full", "w") as sys.stdout,
         ):
-            arguments = ("--url", server.url, "--batch-size", 2)
-            self.assertEqual(self.run_here(self.path("events.jsonl"), *arguments), 1)
+            arguments = (self.path("events.jsonl"), "--url", server.url, "--batch-size", 2)
+            self.assertEqual(self.run_here(*arguments), 1)
         self.assertEqual(len(notes), 4)
         sent, output, errors = self.deliver(0)
         self.assertEqual(sent, [])
@@ -175,7 +186,6 @@ class Continued(ClientTest):
 
         with Recorder(options=[BATCHES], post=answer) as server:
             _, errors = self.client("--url", server.url, status=1)
-        self.assertEqual(other.read_bytes(), b"ba")
         self.assertIn(f"{other} is in the way", errors)
         other.rename(self.path("other"))
         self.assertEqual(self.deliver(9)[0], [])
@@ -462,12 +472,8 @@ class KilledAnywhere(ClientTest):
             os.truncate(fd, length)
 
         self.path("events.jsonl", EVENT + b"\nbad\n")
-        calls = {
-            "fsync": traced_fsync(self, steps),
-            "rename": traced_rename,
-            "ftruncate": ftruncate,
-        }
-        calls["unlink"] = lambda path: None
+        calls = {"fsync": traced_fsync(self, steps), "ftruncate": ftruncate}
+        calls |= {"rename": traced_rename, "unlink": lambda path: None}
         with (
             Recorder(options=[BATCHES], post=answer) as server,
             captured(),
