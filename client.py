@@ -116,10 +116,12 @@ ADVICE = {
     413: " Lower --batch-size.",
 }
 # What to do about a delivery that cannot go on.
+TWICE = "lines that were already delivered then count twice."
 RESTART_ADVICE = (
-    "Restore it, or run again with --restart to send the whole file as a new delivery; lines that "
-    "were already delivered then count twice."
+    f"Restore it, or run again with --restart to send the whole file as a new delivery; {TWICE}"
 )
+# What http.client says when a proxy answers CONNECT with 4xx. With 408 or 429 it may do it later.
+PROXY_REFUSAL = re.compile("Tunnel connection failed: 4(?!08|29)")
 # A producer id as the server takes it.
 PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
 # How FILE.delivery begins.
@@ -468,21 +470,27 @@ class StateFile:
                 return fd
             os.close(fd)
 
-    def load(self):
-        """Learn the state of the unfinished delivery, and return the Content that it is of, or None
-        if nothing was sent yet. Raise Failure if neither can be told.
+    def load(self, restart):
+        """Learn the state of the unfinished delivery, and return the Content that it is of; or
+        return None to begin one, with restart in any case. Raise Failure if neither is right.
 
         The Content has whatever values the file has: it is only compared with the true one.
         """
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             line = file.readline(MAX_NOTE_BYTES)
-        if self._was_never_sent(line):
+        written = line.rstrip(b"\0")  # a power cut can leave these
+        if not written.startswith(STATE_BEGINNING) and not STATE_BEGINNING.startswith(written):
+            words = f"{self.path} was not written by client.py, or is damaged."
+            raise Failure(f"{words} Restore it, or rename it to begin a new delivery; {TWICE}")
+        # A first line that was not written to its end means that nothing was sent.
+        is_whole = b"}" in written or written.endswith(b"\n")
+        if restart or not is_whole:
             return None
         state = decode_line(line)
         if state is None:
             state = decode_object(line) or {}
-            if "crc32" in state:  # clients of earlier versions wrote none
+            if "crc32" in state:  # clients of earlier versions wrote none, and no line end either
                 state = {}
         producer_id = state.get("producerId")
         if not isinstance(producer_id, str) or not PRODUCER_ID.fullmatch(producer_id):
@@ -495,18 +503,6 @@ class StateFile:
             if note.rejected_name:
                 self.rejected_path = os.path.join(os.path.dirname(self.path), note.rejected_name)
         return Content(state.get("size"), state.get("sha256"))
-
-    @staticmethod
-    def _was_never_sent(line):
-        """Tell whether the first line is missing or was not written to its end. Nothing was sent
-        then."""
-        # Only a client of an earlier version wrote a whole object without a line end.
-        if line.endswith(b"\n") or decode_object(line) is not None:
-            return False
-        written = line.rstrip(b"\0")  # a power cut can leave these
-        # Part of a first line, or nothing. Any other text is somebody's, and is not overwritten.
-        is_part = written.startswith(STATE_BEGINNING) or STATE_BEGINNING.startswith(written)
-        return is_part and b"}" not in written
 
     def rejected_lines(self):
         """Yield the rejected lines of all notes."""
@@ -817,6 +813,15 @@ class NoConnection(Retry):
     advice = "Start the server, or name another with --url; then run this command again to go on."
 
 
+class NoProxy(Retry):
+    """The proxy cannot be reached."""
+
+    advice = (
+        "Correct http_proxy or https_proxy, or name the server in no_proxy; then run this command "
+        "again to go on."
+    )
+
+
 class Stopped(Exception):
     """The client ends; nobody waits for this request any more."""
 
@@ -1014,24 +1019,40 @@ class EveryAnswer(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def make_opener(url):
-    """Return what opens requests to url, or raise Failure if its proxy cannot be used."""
-    proxies = urllib.request.getproxies()
+def find_proxy(url):
+    """Return the proxy through which url is asked, or None; raise Failure if it cannot be used."""
     # A local server is not asked through a proxy.
     if re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])(?![\w.-])", url, re.IGNORECASE):
-        proxies = {}
+        return None
     target = urllib.parse.urlsplit(url)
-    kind, separator, _ = proxies.get(target.scheme, "").partition("://")
-    usable = not separator or kind.lower() in ("http", "https")
-    if not usable and not urllib.request.proxy_bypass(target.netloc):
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if not proxy or urllib.request.proxy_bypass(target.netloc):
+        return None
+    kind, separator, _ = proxy.partition("://")
+    if separator and kind.lower() not in ("http", "https"):
         raise Failure(
             f"The proxy in {target.scheme}_proxy is a {printable(kind)} proxy, which client.py "
             "cannot use. Name an http:// proxy, or name the server in no_proxy."
         )
+    return proxy
+
+
+def make_opener(url, proxy):
+    """Return what opens requests to url through a proxy, or None; raise Failure if TLS cannot be
+    used."""
+    scheme = urllib.parse.urlsplit(url).scheme
+    proxies = {}
+    if proxy:
+        proxies[scheme] = proxy
     addresses = Addresses()
     handlers = [urllib.request.ProxyHandler(proxies), EveryAnswer(), OpenHttp(addresses)]
-    if target.scheme == "https":
-        handlers.append(OpenHttps(addresses))
+    if scheme == "https":
+        try:
+            handlers.append(OpenHttps(addresses))
+        except OSError as error:
+            # Among others, this reads the files of SSLKEYLOGFILE and of OpenSSL's configuration.
+            words = f"TLS cannot be used: {error.filename or 'OpenSSL'}: {words_of(error)}."
+            raise Failure(f"{words} Correct SSLKEYLOGFILE or OPENSSL_CONF.") from error
     return urllib.request.build_opener(*handlers)
 
 
@@ -1173,7 +1194,8 @@ class Sender:
         if authorization:
             self._headers["Authorization"] = authorization
         self._answer_seconds = min(max(give_up_after, STALL_SECONDS), LONGEST_WAIT_SECONDS)
-        self._opener = make_opener(url)
+        self._proxy = find_proxy(url)
+        self._opener = make_opener(url, self._proxy)
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
         self._patience = Patience(url, give_up_after)
         self._stopped = threading.Event()
@@ -1206,7 +1228,7 @@ class Sender:
             return self._threads.submit(function, *arguments)
         except RuntimeError as error:
             words = f"client.py needs a thread, and the system gives it none ({error}). "
-            advice = "Allow more processes (ulimit -u), then run this command again."
+            advice = "Allow more processes (ulimit -u) or memory, then run this command again."
             raise Failure(words + advice) from error
 
     def _deliver_batch(self, batch, post):
@@ -1328,7 +1350,12 @@ class Sender:
             words = f"{self._url}, the proxy or EVENTS_AUTHORIZATION is malformed. Correct it."
             return Failure(words)
         if isinstance(error, ConnectFailed):
+            if self._proxy:
+                return NoProxy(f"no connection to the proxy: {words_of(error)}")
             return NoConnection(words_of(error))
+        if PROXY_REFUSAL.match(str(error)):
+            words = f"{self._url} cannot be asked: the proxy refuses: {words_of(error)}."
+            return Failure(f"{words} Correct https_proxy.")
         if isinstance(error, TimeoutError):
             return TooSlow("timed out")
         if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
@@ -1507,6 +1534,8 @@ def parse_command_line(arguments):
     )
     parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)
+    if not options.file:
+        parser.error("the name of the file is empty")
     if not 1 <= options.batch_size <= 10_000:
         parser.error("--batch-size must be from 1 to 10000")
     if math.isnan(options.give_up_after) or options.give_up_after < 0:
@@ -1541,9 +1570,7 @@ def deliver_file(options):
 def begin_or_resume(state, source, restart):
     """Go on with the unfinished delivery of a file, or begin a new one; raise Failure or
     OSError."""
-    unfinished = None
-    if not restart:
-        unfinished = state.load()
+    unfinished = state.load(restart)
     source.measure(state.progress.offset)
     # Whoever renames a file renames its state file with it, and must have found both. From here
     # on, both are there.
@@ -1584,7 +1611,7 @@ def send(state, source, options):
                 shown = time.monotonic()
                 percent = state.progress.offset / source.content.size
                 STDERR.progress(f"{state.progress.accepted:,} events, {percent:.0%}")
-    except (Failure, OSError) as error:
+    except (Failure, MemoryError, OSError) as error:
         line = state.progress.lines + 1
         unknown = f"Delivery is unknown from line {line} on."
         raise Failure(*in_words(error, source.name), unknown) from error
@@ -1611,6 +1638,28 @@ def note_answer(state, source, batch, errors):
         warn(f"{source.name}:{number}: {errors[number]}")
 
 
+def what_changed(source, state):
+    """Return how the file changed since its delivery began, as the end of a sentence, or None."""
+    if not source.is_unchanged():
+        return (
+            ". What was sent is what was read, a part of it before and a part after the change: "
+            "compare it with the sums."
+        )
+    if not source.has_same_size():
+        return (
+            f": it is no longer {source.content.size} bytes long. So many were sent, and maybe a "
+            "part of a last line. Send what was appended in a file of its own; this file sent "
+            "again counts twice."
+        )
+    # Whoever renames the file renames its state file with it.
+    if state.is_in_place() and not source.is_in_place():
+        return (
+            ": its name leads to another file now, or to none. The old content was sent. The new "
+            "one is another delivery: the events that are in both count twice."
+        )
+    return None
+
+
 def finish(state, source, rejected_path, begun):
     """End a delivery whose lines are all answered; return the exit status, or raise Failure or
     OSError.
@@ -1620,19 +1669,10 @@ def finish(state, source, rejected_path, begun):
     """
     progress = state.progress
     status = 0
-    if not source.is_unchanged():
+    change = what_changed(source, state)
+    if change:
         status = 1
-        warn(
-            f"{source.name} changed while it was sent. What was sent is what was read, a part of "
-            "it before and a part after the change: compare it with the sums."
-        )
-    elif not source.has_same_size():
-        status = 1
-        warn(
-            f"{source.name} changed while it was sent: it is no longer {source.content.size} bytes "
-            "long. So many were sent, and maybe a part of a last line. Send what was appended in a "
-            "file of its own; this file sent again counts twice."
-        )
+        warn(f"{source.name} changed while it was sent{change}")
     if progress.rejected:
         status = 1
         if not state.rejected_path:
@@ -1659,10 +1699,12 @@ def finish(state, source, rejected_path, begun):
 
 
 def in_words(error, name):
-    """Return the list of sentences for a Failure, or for an OSError, which is about the file of
-    that name unless it says about which."""
+    """Return the list of sentences for a Failure, a MemoryError, or an OSError, which is about the
+    file of that name unless it says about which."""
     if isinstance(error, Failure):
         return list(error.args)
+    if isinstance(error, MemoryError):
+        return ["There is not enough memory. Allow more, then run this command again."]
     file = hide_password(str(error.filename or name))
     advice = "Give client.py a file that it can read, in a directory where it can write"
     return [f"{file}: {words_of(error)}. {advice}, then run this command again."]
@@ -1677,10 +1719,11 @@ def main(arguments=None):
     """Run the command line and return its exit status."""
     signal.signal(signal.SIGINT, end_at_once)
     signal.signal(signal.SIGTERM, end_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # maybe inherited
     options = parse_command_line(arguments)
     try:
         return deliver_file(options)
-    except (Failure, OSError) as error:
+    except (Failure, MemoryError, OSError) as error:
         for sentence in in_words(error, options.file):
             warn(sentence)
         return 1

@@ -245,6 +245,7 @@ class ClientWords(ClientTest):
                 2,
                 "--url must look like",
             ),
+            "an empty name": ([""], 2, "the name of the file is empty"),
             "a URL of FTP": (["--url", "ftp://x/"], 2, "--url must look like"),
             "a malformed host": (["e", "--url", "http://a..b/liveEvent"], 1, "is malformed"),
         }

@@ -94,7 +94,7 @@ class Continued(ClientTest):
         self.deliver(2)
         written = self.state.read_bytes()
         with contextlib.closing(client_module.StateFile(str(events))) as state:
-            content = state.load()
+            content = state.load(False)
         progress = [client_module.Progress(*[n, n * len(EVENT + b"\n"), n, 0]) for n in (0, 2, 4)]
         self.assertEqual(state.progress, progress[2])
         refused = 0
@@ -104,7 +104,7 @@ class Continued(ClientTest):
             self.state.write_bytes(damaged)
             with contextlib.closing(client_module.StateFile(str(events))) as found:
                 try:
-                    self.assertEqual(found.load(), content)
+                    self.assertEqual(found.load(False), content)
                 except client_module.Failure:
                     refused += 1
                     continue

@@ -9,13 +9,12 @@ from unittest import mock
 
 import client as client_module
 from tests.tools import free_port, wait_until
-from tests.tools_client import ClientTest
+from tests.tools_client import ACCEPTED, ClientTest, RawServer, send_answer
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, padded
 from tests.tools_http import BATCHES, Recorder
 from tests.tools_parts import captured
 
-ACCEPTED = b'{"accepted": 1, "rejected": []}'
 HTML = {"Content-Type": "text/html; charset=utf-8"}
 UNAUTHORIZED = (401, {}, b"")
 PAGE = b"<html>Down for maintenance</html>"
@@ -29,63 +28,6 @@ def set_probes(connection):
     probes(connection)
 client.set_probes = set_probes
 """
-
-
-class RawServer:
-    """A server of batches that lets a function handle each POST on the socket.
-
-    posts   how many POSTs have come
-    url     where it takes them
-    """
-
-    def __init__(self, handle):
-        """Listen; handle(wire, head) gets what has come of a POST, its head at least."""
-        self.posts = 0
-        self._handle = handle
-        self._listener = socket.socket()
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(20)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/liveEvent"
-
-    def __enter__(self):
-        """Begin to serve."""
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        """Serve no more."""
-        with contextlib.suppress(OSError):  # which wakes accept()
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                wire, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=[wire], daemon=True).start()
-
-    def _serve(self, wire):
-        with wire, contextlib.suppress(OSError):
-            head = b""
-            while b"\r\n\r\n" not in head:
-                data = wire.recv(1000)
-                if not data:
-                    return
-                head += data
-            if head.startswith(b"OPTIONS"):
-                wire.sendall(
-                    b"HTTP/1.1 204 OK\r\nAccept-Post: application/x-ndjson\r\n\r\n"
-                )
-                return
-            self.posts += 1
-            self._handle(wire, head)
-
-
-def send_answer(wire, body=ACCEPTED, status=b"200 OK"):
-    """Send an answer in JSON and close."""
-    head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\n\r\n" % status
-    wire.sendall(head + body)
 
 
 class Believing(ClientTest):
@@ -461,6 +403,7 @@ class Reaching(ClientTest):
             '    raise RuntimeError("can\'t start new thread")\n'
             "client.concurrent.futures.ThreadPoolExecutor.submit = submit"
         )
+        no_memory = "def ask(self):\n    raise MemoryError\nclient.Sender._ask = ask"
         https = "https://localhost/"
         distant = "http://example.invalid/"
         secure = "https://example.invalid/"
@@ -483,6 +426,8 @@ class Reaching(ClientTest):
                 "a socks5 proxy, which client.py cannot use",
             ),
             "a socks proxy for https": (secure, "", socks, "a socks5h proxy, which"),
+            "a file of keys": (secure, "", {"SSLKEYLOGFILE": "/none/keys"}, "used: /none/keys: No"),
+            "no memory": (distant, no_memory, {}, "not enough memory"),
         }
         for case, (url, patch, environment, words) in cases.items():
             with self.subTest(case):
@@ -491,6 +436,24 @@ class Reaching(ClientTest):
                 self.assertEqual(run[0], 1)
                 self.assertIn(words, run[2])
                 self.assertNotIn("Start the server", run[2])
+
+    def test_what_is_wrong_with_a_proxy_is_said_of_the_proxy(self):
+        self.path("events.jsonl", EVENT)
+        dead = f"http://127.0.0.1:{free_port()}"
+        with RawServer(lambda wire, _head: send_answer(wire, b"", b"407 Not you")) as server:
+            refusing = server.url.removesuffix("/liveEvent")
+            cases = {
+                "it is down": ("http", dead, 0, "no connection to the proxy: 127.0.0.1: Conn"),
+                "it is down for TLS": ("https", dead, 0, "name the server in no_proxy"),
+                "it refuses a tunnel": ("https", refusing, 99, "refuses: Tunnel connection failed"),
+            }
+            for case, (scheme, proxy, patience, words) in cases.items():
+                with self.subTest(case):
+                    url = f"{scheme}://example.invalid/"
+                    arguments = ("--url", url, "--give-up-after", patience)
+                    _, errors = self.client(*arguments, status=1, **{f"{scheme}_proxy": proxy})
+                    self.assertIn(words, errors)
+                    self.assertNotIn("Start the server", errors)
 
     def test_a_local_server_is_not_asked_through_a_proxy(self):
         self.path("events.jsonl", EVENT)
