@@ -134,8 +134,9 @@ def traced_fsync(test, steps):
 class FaultyConnection(psycopg2.extensions.connection):
     """A connection that raises an error at one step.
 
-    A step is before a statement, after one, at COMMIT, or just after COMMIT. Steps are counted over
-    all connections. OperationalError breaks the connection, too.
+    A step is before a statement, at COMMIT, or just after COMMIT, and for OperationalError also
+    after a statement: it breaks the connection, and any answer can be lost. Steps are counted over
+    all connections.
     """
 
     steps = 0
@@ -172,10 +173,11 @@ class FaultyCursor(psycopg2.extensions.cursor):
     """A cursor of a FaultyConnection."""
 
     def execute(self, *arguments):
-        """Execute a statement between two steps."""
+        """Execute a statement after one step or between two."""
         self.connection.step()
         super().execute(*arguments)
-        self.connection.step()
+        if self.connection.error is psycopg2.OperationalError:
+            self.connection.step()  # the statement was done, and nobody knows
 
 
 class FaultyProxy:
