@@ -175,9 +175,10 @@ class Patient(ClientTest):
         with RawServer(lambda wire, head: over.wait(20)) as server:
             patch = (
                 SMALL_BUFFERS
-                + "client.STALL_SECONDS = 0.2\nclient.REFUSAL_SECONDS = 0.1"
+                + "client.STALL_SECONDS = 0.2\nclient.REFUSAL_SECONDS = 0.1\n"
+                + "client.STEP_SECONDS = 0.2"
             )
-            arguments = ("--url", server.url, "--give-up-after", 3)
+            arguments = ("--url", server.url, "--give-up-after", 1.5)
             status, _, errors = self.run_client(*arguments, patch=patch)
         self.assertEqual(status, 1)
         self.assertGreater(server.posts, 1)
