@@ -535,7 +535,7 @@ BEGIN
         IF fault IS NOT NULL THEN
             -- RAISE takes back the tables that were just created: what is advised may name only
             -- those that were there before.
-            SELECT string_agg(relname, ', ') INTO existing
+            SELECT string_agg(relname, ', ' ORDER BY array_position(tables, oid)) INTO existing
             FROM pg_class WHERE oid = ANY (tables) AND relname <> ALL (created);
             recount := 'TRUNCATE ' || existing;
             IF ids_are_lost THEN  -- nobody knows what was counted
