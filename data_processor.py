@@ -1137,12 +1137,16 @@ def send_tally(log, part, marks, writing_end):
 
 
 def close_all_but(kept):
-    """Close every descriptor but kept. A stopped child must not keep a dead parent's connection
-    to PostgreSQL open, nor a pipe that somebody reads to its end."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    """Close every descriptor but kept, or raise ChildDied. A stopped child must not keep a dead
+    parent's connection to PostgreSQL open, nor a pipe that somebody reads to its end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        names = os.listdir("/dev/fd")
+    except OSError as error:
+        raise ChildDied(f"No child process can start: {error.strerror}.") from error
     for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
-    for name in os.listdir("/dev/fd"):
+    for name in names:
         fd = int(name)
         if fd > 2 and fd not in kept:
             with contextlib.suppress(OSError):  # it was the descriptor of this listing

@@ -135,16 +135,23 @@ class OneTrouble(SystemTest):
 
     def test_a_missing_process_is_not_blamed_on_the_log(self):
         log = self.path("log", with_id("p", 1))
-        no_fork = (
-            "import errno, multiprocessing\n"
-            "data_processor.ATTEMPTS = 2\n"
-            "def no_fork(self): raise OSError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
-            "multiprocessing.get_context('fork').Process.start = no_fork"
-        )
-        _, errors = self.processor(log, status=1, patch=no_fork)
-        self.assertEqual(
-            errors, "No child process can start: Resource temporarily unavailable.\n"
-        )
+        missing = {
+            "a process": "multiprocessing.get_context('fork').Process.start = fail",
+            "a pipe": "os.pipe = fail",
+            "a descriptor in the child": "os.listdir = fail_there",
+        }
+        for what, patch in missing.items():
+            with self.subTest(what):
+                fail = (
+                    "import errno, multiprocessing, os\n"
+                    "data_processor.ATTEMPTS = 2\n"
+                    "listdir = os.listdir\n"
+                    "def fail(*_): raise OSError(errno.EAGAIN, 'none is left', '/there')\n"
+                    "def fail_there(path): return fail() if path == '/dev/fd' else listdir(path)\n"
+                    + patch
+                )
+                _, errors = self.processor(log, status=1, patch=fail)
+                self.assertRegex(errors, r"\ANo [a-z ]*child process.*: none is left\.\n\Z")
 
     def test_a_hundred_lines_are_named_and_the_others_counted(self):
         log = self.path("log", "nonsense\n" * 1500 + with_id("p", 1))
