@@ -97,13 +97,13 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_FIELDS = 100
 
 # Bounds of what all requests of a worker hold in memory together.
-# Bodies, until their lines were given to the log or refused. What is over it gets 503.
+# Bodies, and answers that wait to be given to the log with the lines. What is over it gets 503.
 HELD_BODY_BYTES = 64 * 1024 * 1024
 # Answers that their peers do not read. A connection whose answer is over it is cut off.
 UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
 # Batches that are decoded and stamped at the same time; further ones wait.
 DECODED_BATCHES = 8
-# Lines that wait for the disk; further ones wait until these are being written.
+# Lines that wait for the disk, and their answers; further ones wait until these are being written.
 GROUP_BYTES = 16 * 1024 * 1024
 # A body is read in pieces of at most that size.
 PIECE_BYTES = 64 * 1024
@@ -382,11 +382,12 @@ class LogWriter:
         self._fd = None
         self._remarks = []  # what was mended in this round
 
-    def append(self, lines, deadline, answer):
+    def append(self, lines, deadline, answer, answer_bytes):
         """Make lines (bytes, whole lines) durable, then call answer(None), or answer(error): then
         they must not be acknowledged. The log's lock is waited for until the deadline, in seconds
-        of time.monotonic."""
-        report = self._rounds.join(Pending(lines, deadline), answer, len(lines))
+        of time.monotonic. Until then the answer holds answer_bytes of memory."""
+        size = len(lines) + answer_bytes
+        report = self._rounds.join(Pending(lines, deadline), answer, size)
         if report is not None:  # else another thread works, and prints its report
             self._print(report)
 
@@ -1174,9 +1175,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     The connection's own thread reads the requests. What must wait for the disk or the database is
     answered by the thread that works for the round, see Rounds:
 
-        handler's thread    do_POST -> LogWriter.append -> Rounds.join, and returns
-        working thread      Rounds.tell -> answer_in_round -> answer_logged -> answer -> end_answering
-        handler's thread    await_request -> begin_answering, which waits for end_answering
+        handler's thread   do_POST -> LogWriter.append -> Rounds.join, and returns
+        working thread     Rounds.tell -> answer_in_round -> answer_logged -> answer
+                           -> end_answering
+        handler's thread   await_request -> begin_answering, which waits for end_answering
 
     As no request is begun before the previous one was answered, no two threads use the fields at
     once. (close_connection alone is looked at earlier, see await_request.)
@@ -1188,7 +1190,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     framing   the Framing of the request
     unread    whether a part of the request was not read: then the connection must end, so that
               the rest is never taken for a request
-    held      how many bytes of the request's body are in the worker's account
+    held      how many bytes of the request and its answer are in the worker's account
     """
 
     protocol_version = "HTTP/1.1"
@@ -1320,9 +1322,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def hold(self, count):
-        """Put bytes of the body into the worker's account, or raise Refusal when it is full."""
+        """Put bytes of the body or the answer into the worker's account, or raise Refusal when it
+        is full."""
         if not self.server.bodies.take(count):
-            raise Refusal(503, "the server holds too many requests that are not whole yet")
+            raise Refusal(503, "the server holds too many requests that wait or are not whole yet")
         self.held += count
 
     # -- The methods: each answers, has somebody else answer, or raises Refusal
@@ -1364,8 +1367,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with self.server.decoding:
                 logged = self.stamp_batch(body, first_id)
         if logged.lines:
+            answer_bytes = len(logged.answer)
+            self.hold(answer_bytes)
             answer = functools.partial(self.answer_in_round, self.answer_logged, logged.answer)
-            self.server.log.append(logged.lines, deadline, answer)
+            self.server.log.append(logged.lines, deadline, answer, answer_bytes)
         else:
             self.answer(200, logged.answer)
 

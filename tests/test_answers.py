@@ -207,7 +207,7 @@ class Answering(RequestTest):
         }
         for case, (error, status) in cases.items():
 
-            def fail(_lines, _deadline, done):
+            def fail(_lines, _deadline, done, _size):
                 done(error)
 
             log.append = fail
@@ -218,7 +218,9 @@ class Answering(RequestTest):
                 self.assertEqual(read_answer(wire)[0], status)
 
     def test_a_lack_of_memory_is_answered_with_503_and_said_once(self):
-        log = unittest.mock.Mock(failure="", append=lambda lines, deadline, answer: answer(None))
+        log = unittest.mock.Mock(
+            failure="", append=lambda lines, deadline, answer, size: answer(None)
+        )
         with (
             warnings_of(server_module) as said,
             unittest.mock.patch.object(data_processor, "warn", said.append),
@@ -281,7 +283,7 @@ class Answering(RequestTest):
     def test_answers_of_a_server_that_stops_end_their_connections(self):
         pending = []
         log = unittest.mock.Mock(
-            failure="", append=lambda lines, deadline, done: pending.append(done)
+            failure="", append=lambda lines, deadline, done, size: pending.append(done)
         )
         with contextlib.ExitStack() as stack:
             with serving(log, DRAIN_SECONDS=1) as worker:

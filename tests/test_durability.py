@@ -208,6 +208,17 @@ class Durability(SystemTest):
         self.assertEqual(sum(groups), 10 * len(line))
         self.assertEqual(done, [None] * 11)
 
+    def test_answers_that_wait_for_the_disk_count_as_lines_do(self):
+        joined = []
+
+        def join(pending, answer, size):
+            joined.append((len(pending.text), size))
+
+        log = server_module.LogWriter("log")
+        with unittest.mock.patch.object(log._rounds, "join", join):
+            log.append(b"{}\n", 0, None, 1000)
+        self.assertEqual(joined, [(3, 1003)])
+
     def test_a_lock_that_cannot_be_released_keeps_nobody_from_an_answer(self):
         flock = fcntl.flock
         done = []

@@ -49,7 +49,7 @@ class Limits(RequestTest):
         large = post(f"Content-Length: {2**30}")
         log = unittest.mock.Mock(
             failure="",
-            append=lambda lines, deadline, done: threading.Timer(0.1, done, [None]).start(),
+            append=lambda lines, deadline, done, size: threading.Timer(0.1, done, [None]).start(),
         )
         soon = {"PEER_IDLE_SECONDS": 0.2, "DRAIN_SECONDS": 0.2}
         cases = {
@@ -87,7 +87,7 @@ class Limits(RequestTest):
     def test_a_slow_disk_is_waited_for(self):
         pending = []
         log = unittest.mock.Mock(
-            failure="", append=lambda lines, deadline, done: pending.append(done)
+            failure="", append=lambda lines, deadline, done, size: pending.append(done)
         )
         with serving(log, REQUEST_SECONDS=0.1, PEER_IDLE_SECONDS=0.1, DRAIN_SECONDS=0.1) as worker:
             with socket.create_connection(worker.address, timeout=20) as waiting:
@@ -127,7 +127,7 @@ class Limits(RequestTest):
             decoding.pop()
             return judge_batch(body)
 
-        log = unittest.mock.Mock(failure="", append=lambda lines, deadline, done: done(None))
+        log = unittest.mock.Mock(failure="", append=lambda lines, deadline, done, size: done(None))
         with (
             unittest.mock.patch.object(server_module, "judge_batch", count),
             contextlib.ExitStack() as stack,
@@ -152,7 +152,7 @@ class Limits(RequestTest):
             decoded.append(time.monotonic())
             return judge_batch(body)
 
-        def append(lines, deadline, answer):
+        def append(lines, deadline, answer, size):
             deadlines.append(deadline)
             goes_on.wait(20)
             answer(None)
@@ -346,7 +346,7 @@ class Room(RequestTest):
     def test_whoever_waits_for_an_answer_keeps_the_connection(self):
         pending = []
         log = unittest.mock.Mock(
-            failure="", append=lambda lines, deadline, answer: pending.append(answer)
+            failure="", append=lambda lines, deadline, answer, size: pending.append(answer)
         )
         revenues = unittest.mock.Mock(find_revenue=lambda user, answer: pending.append(answer))
         cases = {
@@ -373,7 +373,9 @@ class Room(RequestTest):
             "with a length": post(length) + EVENT[:40],
             "in chunks": post("Transfer-Encoding: chunked") + b"28\r\n" + EVENT[:40],
         }
-        log = unittest.mock.Mock(failure="", append=lambda lines, deadline, answer: answer(None))
+        log = unittest.mock.Mock(
+            failure="", append=lambda lines, deadline, answer, size: answer(None)
+        )
         for case, part in parts.items():
             with (
                 self.subTest(case),
@@ -394,8 +396,8 @@ class Room(RequestTest):
                 self.assertEqual(read_answer(third)[0], 200)
 
     def test_a_body_is_counted_until_its_request_is_over(self):
-        def append(lines, deadline, answer):
-            counted.append(worker.bodies._left)
+        def append(lines, deadline, answer, size):
+            counted.append(1000 - worker.bodies._left - size)
             answer(outcome)
 
         counted = []
@@ -415,8 +417,7 @@ class Room(RequestTest):
                     wire.sendall(sent)
                     self.assertEqual(read_answer(wire)[0], expected)
                     wait_until(lambda: worker.bodies._left == 1000, "it is given back")
-        held = [len(EVENT), len(batch), len(EVENT)]
-        self.assertEqual(counted, [1000 - size for size in held])
+        self.assertEqual(counted, [len(EVENT), len(batch), len(EVENT)])
 
     def test_answers_that_nobody_reads_are_bounded_together(self):
         bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")

@@ -180,7 +180,7 @@ sys.stderr = open("/dev/full", "w", 1)
     def test_a_worker_that_stops_waits_for_the_disk_for_a_bounded_time(self):
         pending = []
         log = unittest.mock.Mock(
-            failure="", append=lambda lines, deadline, done: pending.append(done)
+            failure="", append=lambda lines, deadline, done, size: pending.append(done)
         )
         with contextlib.ExitStack() as stack:
             with serving(log, BACKLOG_SECONDS=0.1, STOP_SECONDS=0.3) as worker:

@@ -87,7 +87,7 @@ def opened_log(path):
 def append_for(log, line, answer):
     """Append a line to a server's log, as a request does that is whole now."""
     deadline = time.monotonic() + server_module.LOCK_SECONDS
-    log.append(line, deadline, answer)
+    log.append(line, deadline, answer, 0)
 
 
 def append(log, line):
