@@ -101,8 +101,9 @@ MAX_FIELDS = 100
 HELD_BODY_BYTES = 64 * 1024 * 1024
 # Answers that their peers do not read. A connection whose answer is over it is cut off.
 UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
-# Batches that are decoded and stamped at the same time; further ones wait.
-DECODED_BATCHES = 8
+# Batches that are decoded and stamped at the same time; further ones wait. They share one core, and
+# with more of them a new connection would wait for all of their turns.
+DECODED_BATCHES = 1
 # Lines that wait for the disk, and their answers; further ones wait until these are being written.
 GROUP_BYTES = 16 * 1024 * 1024
 # A body is read in pieces of at most that size.
@@ -1440,6 +1441,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(Refusal(503, "the database does not answer", {"Retry-After": "2"}))
         elif revenue is None:
             self.refuse(Refusal(404, "no revenue is known for this user"))
+        elif revenue.endswith(("NaN", "Infinity")):  # somebody else wrote it; JSON cannot say it
+            self.refuse(Refusal(500, f"the revenue in the database is {revenue}"))
         else:
             self.answer(200, f'{{"userId": {json.dumps(user)}, "revenue": {revenue}}}'.encode())
 
@@ -1812,7 +1815,11 @@ class Supervisor:
 
     def _kill(self, *_):
         """Kill the workers, which did not end in time, and raise WorkersStuck: as this is the
-        handler of SIGALRM, that ends whatever run() is doing, such as its wait for a worker."""
+        handler of SIGALRM, that ends whatever run() is doing, such as its wait for a worker. If
+        nobody has told them to stop, the signal came from elsewhere: tell them now."""
+        if not self._is_stopping():
+            self._stop()
+            return
         for process in self._started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -1892,6 +1899,7 @@ class Supervisor:
         """Be a worker, and exit with what its run() returns."""
         status = 1
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             self._writing_end.close()
             status = self._new_worker().run(self._lifeline)
         except (OSError, RuntimeError, MemoryError) as error:  # it lacks a descriptor or a thread
@@ -1954,8 +1962,11 @@ def read_authorization():
         raise Failure("it is set, but empty. Put a secret into it, or unset it")
     if not FIELD.fullmatch(f"Authorization:{value.decode('latin-1')}\r\n"):
         raise Failure("it has a line end or another control character, which no header can carry")
-    if value.lower() in SCHEMES.split():
-        raise Failure("it names a scheme, but the credentials after it are missing")
+    scheme, _, credentials = value.partition(b" ")
+    if scheme.lower() in SCHEMES.split():
+        # "Bearer ," had two empty variables. "Og==" is base64 of ":", without user and password.
+        if not re.search(rb"[0-9A-Za-z]", credentials) or credentials.strip() == b"Og==":
+            raise Failure("it names a scheme, but the credentials after it are missing")
     return value
 
 

@@ -114,6 +114,8 @@ class Access(RequestTest):
             "a scheme without credentials": "Bearer",
             "a scheme and a blank": "Bearer ",
             "a scheme that few use": "PrivateToken",
+            "a comma": "Bearer ,",
+            "neither user nor password": "Basic Og==",
             "another scheme": "Basic",
             "a scheme in other letters": "bEARER",
         }

@@ -143,6 +143,16 @@ sys.stderr = open("/dev/full", "w", 1)
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
         self.assertEqual(server.stop(), 0)
 
+    def test_an_alarm_from_elsewhere_kills_no_worker_of_others(self):
+        server = Server(self, "--workers", "2")
+        survivor, worker = server.workers()
+        os.kill(worker, signal.SIGALRM)
+        wait_until(lambda: len(set(server.workers()) - {worker}) == 2, "it is replaced")
+        self.assertIn(survivor, server.workers())
+        os.kill(server.process.pid, signal.SIGALRM)
+        self.assertEqual(server.process.wait(20), 0)
+        self.assertEqual(server.said(), ["A worker ended with status -14; starting another."])
+
     def test_a_server_that_is_told_to_stop_leaves_those_who_keep_connecting(self):
         server = Server(self, patch="server.BACKLOG_SECONDS = 0.2")
         over = threading.Event()
