@@ -695,7 +695,11 @@ def no_temporary_file(error):
     import tempfile
 
     words = f"{sentence(error)}: no room for a temporary file (TMPDIR names another directory)"
-    return OSError(error.errno, words, tempfile.gettempdir())
+    try:
+        directory = tempfile.gettempdir()
+    except OSError:
+        directory = "temporary files"  # no directory takes one
+    return OSError(error.errno, words, directory)
 
 
 class Block(NamedTuple):
@@ -1304,6 +1308,8 @@ def count_once(sql, log, tallies):
     sums = marked_sums(log, tallies, marks)
     with naming_lock("users_revenue"), naming_refusal():
         add_revenue(sql, sums)
+        # A constraint that is deferred to COMMIT refuses now, as any other does.
+        sql.execute("SET CONSTRAINTS ALL IMMEDIATE")
     return sum(lines.count(1) for lines in marks)
 
 
@@ -1685,7 +1691,7 @@ class FileRecord:
                   applied
     position      that was recorded then
     again_at      when a refused log is tried again, in seconds of time.monotonic
-    was_read      whether it was read to its end in this run, from its start with from_start
+    was_read      whether it was read to its end on this connection, from its start with from_start
     named_up_to   the offset up to which its rejected lines were named
     """
 
@@ -1748,6 +1754,7 @@ class Applier:
             # It may be another database now, or one that was restored.
             for record in self.files.values():
                 record.version = None
+                record.was_read = False
             self.database.connect()
         self.recorded = self.database.recorded_positions()
         for record in self.files.values():
@@ -1827,13 +1834,19 @@ class Applier:
         try:
             version = version_of(log)
             if not log.find_end(lock_seconds):
-                return False  # it was renamed, and somebody holds its lock
+                self.say_renamed(log)
+                return False
             self.apply_or_refuse(log)
         except OSError as error:
             self.say_trouble(log.path, error)
             return False
         self.record_of(log).version = version
         return True
+
+    def say_renamed(self, log):
+        """Name a log that was renamed after it was opened, and whose lock somebody holds."""
+        self.failed = True
+        self.troubles.begin(log.path, "was renamed, and was not read: another program locks it.")
 
     def apply_or_refuse(self, log):
         """Apply an open log whose end is known; if PostgreSQL refuses it, name that and have it
@@ -2062,6 +2075,9 @@ class Follower(Applier):
                 self.troubles.begin(renamed.log.path, words)
             self.renamed.remove(renamed)  # each by itself: applying the next one may raise
             renamed.log.close()
+
+    def say_renamed(self, log):
+        """Say nothing: apply_renamed() tries again, and names it in the end."""
 
     def say_summary(self, log, summary):
         """Say what came of a log, if anything did."""

@@ -1,6 +1,7 @@
 """--verify finds each user whose revenue is not the sum of the logs."""
 
 import contextlib
+import gzip
 import os
 import time
 import unittest
@@ -118,6 +119,18 @@ class Audit(SystemTest):
         self.assertEqual(output, "")
         words = "/full: No space left on device: no room for a temporary file"
         self.assertEqual(errors, f"{words} (TMPDIR names another directory).\n")
+
+    def test_a_missing_directory_for_temporary_files_is_said(self):
+        none = (
+            "import errno, tempfile\n"
+            "def none(**_): raise FileNotFoundError(errno.ENOENT, 'No usable directory')\n"
+            "tempfile.TemporaryFile = tempfile.gettempdir = none"
+        )
+        packed = self.path("log.gz", gzip.compress(with_id("p", 1).encode()))
+        for arguments in (["--verify", packed], [packed]):
+            _, errors = self.processor(*arguments, status=1, patch=none)
+            self.assertIn("temporary files: No usable directory: no room for a", errors)
+            self.assertNotIn("server.py", errors)
 
     def test_verify_hides_the_tables_wherever_the_search_path_has_temporary_ones(self):
         log = self.path("log", with_id("p", 1))

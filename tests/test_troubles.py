@@ -20,6 +20,10 @@ class OneTrouble(SystemTest):
             "a foreign key": "CREATE TABLE IF NOT EXISTS customers (id text PRIMARY KEY);"
             "INSERT INTO customers VALUES ('good') ON CONFLICT DO NOTHING;"
             "ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES customers",
+            "a deferred foreign key": "CREATE TABLE IF NOT EXISTS customers (id text PRIMARY KEY);"
+            "INSERT INTO customers VALUES ('good') ON CONFLICT DO NOTHING;"
+            "ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES customers "
+            "DEFERRABLE INITIALLY DEFERRED",
             "a trigger with a code of its own": "CREATE OR REPLACE FUNCTION refuses() "
             "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN IF NEW.user_id = ''bad'' THEN "
             "RAISE EXCEPTION ''no bad user'' USING ERRCODE = ''42501''; END IF; RETURN NEW; END';"
@@ -290,6 +294,22 @@ class FromStart(SystemTest):
         with open(log, "a", encoding="utf-8") as file:
             file.write(with_id("p", 2))
         self.assertIn("1 applied, 0 repeated", follower.stdout.readline())
+
+    def test_a_log_is_read_from_its_start_again_on_a_new_connection(self):
+        log = str(self.path("log", with_id("p", 1) + with_id("p", 2)))
+        self.processor(log)
+        follower = data_processor.Follower([log], from_start=True)
+        self.addCleanup(follower.database.close)
+        self.addCleanup(lambda: [held.close() for held in follower.held.values()])
+        with captured():
+            follower.look()
+            query(
+                "UPDATE event_producers SET applied = '{[1,2)}'; "
+                "UPDATE users_revenue SET revenue = 1"
+            )
+            follower.database.close()  # another database took the place of the first one
+            follower.look()
+        self.assertRevenue({"user1": 2})
 
     def test_verify_says_when_it_would_help(self):
         log = self.path("log", with_id("p", 1))

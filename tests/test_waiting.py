@@ -144,6 +144,24 @@ class Locks(SystemTest):
         self.assertIn(f"{locked}: another program has held its lock", errors)
         self.assertRevenue({"user1": 1})
 
+    def test_a_log_that_is_renamed_and_stays_locked_is_named(self):
+        log = self.path("log", with_id("p", 1))
+        self.processor(self.path("other", with_id("q", 1)))
+        for mode in ([], ["--verify"]):
+            with self.subTest(mode), open(log, "rb") as stranger:
+                fcntl.flock(stranger, fcntl.LOCK_EX)
+                rename = (
+                    "import os\n"
+                    "find_end = data_processor.LogReader.find_end\n"
+                    "def rename(self, seconds):\n"
+                    "    os.rename('log', 'archived')\n"
+                    "    return find_end(self, seconds)\n"
+                    "data_processor.LogReader.find_end = rename"
+                )
+                _, errors = self.processor(*mode, "log", status=1, patch=rename)
+                self.assertIn("log: was renamed, and was not read: another program", errors)
+            self.path("archived").rename(log)
+
     def test_a_follower_goes_on_although_a_stranger_locks_a_renamed_log(self):
         log = self.path("server-events.jsonl", with_id("p", 1))
         quick = "data_processor.LOCK_SECONDS = 0.3"
