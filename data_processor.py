@@ -168,6 +168,8 @@ class SyncFailed(Exception):
 
 # What may come from the size of a chunk.
 TOO_MUCH = (ChildDied, Silent, MemoryError, psycopg2.errors.QueryCanceled)
+# What was waited for already: it is named at once.
+WAITED = (Locked, Silent)
 # What ends with a transaction or a connection, so that another attempt may succeed.
 PASSING = (*TOO_MUCH, Locked, Disturbed, psycopg2.OperationalError, psycopg2.InterfaceError)
 
@@ -1621,7 +1623,10 @@ def connect_in_thread():
     run in this one. Raise Failure or psycopg2.Error."""
     outcome = []
     thread = threading.Thread(target=keep_outcome_of_connect, args=[outcome], daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise Failure(f"There is no room for a thread: {error}.") from error
     thread.join()
     (connection,) = outcome
     if isinstance(connection, Exception):
@@ -1981,7 +1986,7 @@ def run(paths, from_start=False):
                 applier.failures += 1
                 if applier.is_lasting(error):
                     raise
-                if isinstance(error, Locked):
+                if isinstance(error, WAITED):
                     applier.troubles.begin("Waiting", str(error))
                 applier.recover(error)
 
@@ -2014,7 +2019,7 @@ class Follower(Applier):
                 self.look()
             except (Failure, OSError, MemoryError, psycopg2.Error) as error:
                 self.failures += 1
-                if self.is_lasting(error) or isinstance(error, Locked):
+                if self.is_lasting(error) or isinstance(error, WAITED):
                     words = f"trying again until it is mended. {explain(error)}"
                     self.troubles.begin("Events are not applied", words)
                 self.recover(error)
@@ -2148,7 +2153,7 @@ class TemporaryTables(Database):
 
     def differences(self):
         """Yield a line for each user whose revenue in the logs is not what is stored."""
-        with self.connection.cursor("differences") as sql:
+        with naming_lock("users_revenue"), self.connection.cursor("differences") as sql:
             sql.execute(
                 f"""
                 SELECT user_id, stored, logged, stored - logged AS difference

@@ -157,6 +157,14 @@ class OneTrouble(SystemTest):
                 _, errors = self.processor(log, status=1, patch=fail)
                 self.assertRegex(errors, r"\ANo [a-z ]*child process.*: none is left\.\n\Z")
 
+    def test_no_room_for_a_thread_is_said(self):
+        full = (
+            "def full(thread): raise RuntimeError('it is full')\n"
+            "data_processor.threading.Thread.start = full"
+        )
+        _, errors = self.processor(self.path("log", with_id("p", 1)), status=1, patch=full)
+        self.assertEqual(errors, "There is no room for a thread: it is full.\n")
+
     def test_a_hundred_lines_are_named_and_the_others_counted(self):
         log = self.path("log", "nonsense\n" * 1500 + with_id("p", 1))
         _, errors = self.processor(log, status=1)

@@ -144,6 +144,25 @@ class Locks(SystemTest):
         self.assertIn(f"{locked}: another program has held its lock", errors)
         self.assertRevenue({"user1": 1})
 
+    def test_verify_names_the_table_that_is_locked(self):
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        with open_transaction("LOCK TABLE users_revenue"), settings(LOCK_SECONDS=0.1):
+            with captured(), self.assertRaises(data_processor.Locked):
+                data_processor.verify([str(log)])
+
+    def test_a_silent_database_is_named_at_once(self):
+        log = self.path("log", with_id("p", 1))
+        silent = [data_processor.Silent("It is silent."), unittest.mock.DEFAULT]
+        once = unittest.mock.patch.object(
+            data_processor, "apply_chunk", side_effect=silent, wraps=data_processor.apply_chunk
+        )
+        with captured() as output, once:
+            self.assertTrue(data_processor.run([str(log)]))
+            said = output()
+        self.assertIn("Waiting: It is silent.", said)
+        self.assertRevenue({"user1": 1})
+
     def test_a_log_that_is_renamed_and_stays_locked_is_named(self):
         log = self.path("log", with_id("p", 1))
         self.processor(self.path("other", with_id("q", 1)))
