@@ -122,6 +122,8 @@ POLL_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
 # So many rejected lines of a log are named at a time; the others are a number.
 NAMED_LINES = 100
+# So many logs that PostgreSQL refuses for one reason, which may concern all of them, are named.
+NAMED_REFUSALS = 10
 # The list of --verify waits so long for a reader of stdout that takes nothing.
 READER_SECONDS = 1.0
 
@@ -159,7 +161,7 @@ class Disturbed(Failure):
 
 
 class Refused(Failure):
-    """PostgreSQL refuses what one log holds: a CHECK, a foreign key, no partition, a trigger."""
+    """PostgreSQL refuses what one log holds: a CHECK, a foreign key, no partition, an index."""
 
 
 class SyncFailed(Exception):
@@ -172,6 +174,10 @@ TOO_MUCH = (ChildDied, Silent, MemoryError, psycopg2.errors.QueryCanceled)
 WAITED = (Locked, Silent)
 # What ends with a transaction or a connection, so that another attempt may succeed.
 PASSING = (*TOO_MUCH, Locked, Disturbed, psycopg2.OperationalError, psycopg2.InterfaceError)
+# How the codes begin of errors that are no refusal: a lost connection, an idle transaction, a
+# deadlock, a lock, a time-out or a stop. (psycopg2's classes do not tell: an entry that is too
+# long for an index is an OperationalError, too.)
+PASSING_CODES = ("08", "25P03", "40", "55P03", "57")
 
 
 # ---- What server.py uses, too -------------------------------------------------------------
@@ -1308,10 +1314,8 @@ def count_once(sql, log, tallies):
     new = add_ids(sql, ids)
     marks = mark_lines(tallies, new)
     sums = marked_sums(log, tallies, marks)
-    with naming_lock("users_revenue"), naming_refusal():
+    with naming_lock("users_revenue"):
         add_revenue(sql, sums)
-        # A constraint that is deferred to COMMIT refuses now, as any other does.
-        sql.execute("SET CONSTRAINTS ALL IMMEDIATE")
     return sum(lines.count(1) for lines in marks)
 
 
@@ -1505,13 +1509,14 @@ def naming_lock(table):
 
 @contextlib.contextmanager
 def naming_refusal():
-    """Return a context for a statement that PostgreSQL may refuse because of one log's events: it
-    turns that into Refused."""
+    """Return a context for the statements that apply one log's chunk: it turns what PostgreSQL
+    refuses into Refused."""
     try:
         yield
-    except PASSING:
-        raise
     except psycopg2.Error as error:
+        # Without a code, the error is of the connection.
+        if not error.pgcode or error.pgcode.startswith(PASSING_CODES):
+            raise
         raise Refused(f"PostgreSQL refused it: {sentence(error)}.") from error
 
 
@@ -1562,7 +1567,10 @@ class Database:
                 with naming_lock(table):
                     sql.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
             run_create_table(sql)
-            yield sql
+            with naming_refusal():
+                yield sql
+                # A constraint that is deferred to COMMIT refuses now, as any other does.
+                sql.execute("SET CONSTRAINTS ALL IMMEDIATE")
             run_create_table(sql)
 
     def recorded_positions(self):
@@ -1720,6 +1728,7 @@ class Applier:
     from_start   whether recorded positions are not used for a file that is read for the first time
     files        {identity of a file: FileRecord}; record_of() alone adds to it, and none is removed
     recorded     {log_id: RecordedPosition} at the beginning of this look at the logs
+    refused      {what PostgreSQL refused: the paths of the logs that hold it}
     failed       whether a line was rejected, or a log could not be applied
     failures     how many attempts in a row have failed since events were applied
     troubles     what is wrong at present
@@ -1732,6 +1741,7 @@ class Applier:
         self.from_start = from_start
         self.files = {}
         self.recorded = {}
+        self.refused = collections.defaultdict(set)
         self.failed = False
         self.failures = 0
         self.troubles = Troubles()
@@ -1861,8 +1871,11 @@ class Applier:
             self.apply_what_is_new(log)
         except Refused as error:
             self.failed = True
-            self.troubles.begin(log.path, str(error))
             record.again_at = time.monotonic() + MAX_BACKOFF_SECONDS
+            refused = self.refused[str(error)]
+            refused.add(log.path)
+            if len(refused) <= NAMED_REFUSALS:
+                self.troubles.begin(log.path, str(error))
         else:
             record.was_read = True
             record.again_at = NEVER

@@ -15,37 +15,57 @@ class OneTrouble(SystemTest):
     """One trouble stops only itself."""
 
     def test_an_event_that_postgresql_refuses_stops_its_log_alone(self):
-        refusals = {
-            "a check": "ALTER TABLE users_revenue ADD CHECK (user_id <> 'bad')",
-            "a foreign key": "CREATE TABLE IF NOT EXISTS customers (id text PRIMARY KEY);"
-            "INSERT INTO customers VALUES ('good') ON CONFLICT DO NOTHING;"
-            "ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES customers",
-            "a deferred foreign key": "CREATE TABLE IF NOT EXISTS customers (id text PRIMARY KEY);"
+        def trigger(code, column="user_id"):
+            return (
+                "CREATE OR REPLACE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS "
+                f"'BEGIN IF NEW.{column} = ''bad'' THEN RAISE EXCEPTION ''no bad user'' "
+                f"USING ERRCODE = ''{code}''; END IF; RETURN NEW; END';"
+            )
+
+        customers = (
+            "CREATE TABLE IF NOT EXISTS customers (id text PRIMARY KEY);"
             "INSERT INTO customers VALUES ('good') ON CONFLICT DO NOTHING;"
             "ALTER TABLE users_revenue ADD FOREIGN KEY (user_id) REFERENCES customers "
-            "DEFERRABLE INITIALLY DEFERRED",
-            "a trigger with a code of its own": "CREATE OR REPLACE FUNCTION refuses() "
-            "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN IF NEW.user_id = ''bad'' THEN "
-            "RAISE EXCEPTION ''no bad user'' USING ERRCODE = ''42501''; END IF; RETURN NEW; END';"
-            "CREATE TRIGGER refusing BEFORE INSERT ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION refuses()",
-            "a trigger": "CREATE OR REPLACE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN IF NEW.user_id = ''bad'' THEN RAISE EXCEPTION ''no bad user''; END IF; "
-            "RETURN NEW; END';"
-            "CREATE TRIGGER refusing BEFORE INSERT ON users_revenue "
-            "FOR EACH ROW EXECUTE FUNCTION refuses()",
+        )
+        refusals = {
+            "a check": "ALTER TABLE users_revenue ADD CHECK (user_id <> 'bad')",
+            "a check of producers": "ALTER TABLE event_producers ADD CHECK (producer_id <> 'bad')",
+            "a check of logs": "ALTER TABLE event_logs ADD CONSTRAINT bad "
+            f"CHECK (position <> {len(with_id('bad', 1, 'bad'))})",
+            "a foreign key": customers,
+            "a deferred foreign key": customers + "DEFERRABLE INITIALLY DEFERRED",
+            "a deferred trigger of producers": trigger("P0001", "producer_id")
+            + "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON event_producers "
+            "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuses()",
         }
+        for code in ("P0001", "42501", "53100", "54000"):
+            refusals[f"a trigger with the code {code}"] = (
+                trigger(code) + "CREATE TRIGGER refusing BEFORE INSERT ON users_revenue "
+                "FOR EACH ROW EXECUTE FUNCTION refuses()"
+            )
         for refusal, statement in refusals.items():
             with self.subTest(refusal):
                 self.setUp()
                 query(statement)
-                self.path("log.1", with_id("p", 1, "bad"))
+                self.path("log.1", with_id("bad", 1, "bad"))
                 log = self.path("log", with_id("q", 1, "good"))
                 _, errors = self.processor(log, status=1)
                 self.assertRegex(errors, r"^\S*/log\.1: PostgreSQL refused it: .*bad")
                 self.assertEqual(errors.count("\n"), 1)
                 self.assertRevenue({"good": 1})
         query("DROP TABLE users_revenue; DROP TABLE customers")
+
+    def test_what_concerns_every_log_is_not_said_of_each(self):
+        query(
+            "CREATE OR REPLACE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN IF NEW.user_id = ''user1'' THEN RAISE EXCEPTION ''no''; END IF; RETURN NEW; END';"
+            "CREATE TRIGGER refusing BEFORE INSERT ON users_revenue "
+            "FOR EACH ROW EXECUTE FUNCTION refuses()"
+        )
+        for number in range(30):
+            self.path(f"log.{number}", with_id(f"p{number}", 1))
+        _, errors = self.processor("log.0", "log", status=1)
+        self.assertEqual(errors.count("refused it"), data_processor.NAMED_REFUSALS)
 
     def test_no_partition_for_a_user_stops_its_log_alone(self):
         query(
