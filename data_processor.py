@@ -45,6 +45,7 @@ try:
     import psycopg2
     import psycopg2.errors
     import psycopg2.extensions
+    import resource
 except ImportError as missing:
     sys.exit(
         f"{missing}. This needs Linux or macOS (on Windows, WSL) "
@@ -1974,6 +1975,12 @@ def version_of(log):
     return status.st_size, status.st_mtime_ns
 
 
+def most_held():
+    """Return how many logs may be held open: children and the database need descriptors, too."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most // 2
+
+
 def backoff_seconds(failures):
     """Return how long to pause after so many failures in a row."""
     return min(0.1 * 2 ** min(failures, 10), MAX_BACKOFF_SECONDS)
@@ -2014,8 +2021,8 @@ class Renamed(NamedTuple):
 class Follower(Applier):
     """Applies what is new in the logs again and again.
 
-    held     {path: LogReader} of the named logs, which are written to: what comes in after the
-             last look is still read when they are renamed
+    held     {path: LogReader} of the named logs, which are written to, as far as descriptors allow
+             it: what comes in after the last look is still read when they are renamed
     renamed  those that were, until they are read to their end
     """
 
@@ -2054,7 +2061,7 @@ class Follower(Applier):
                 log = self.open(path)
             if log is None:
                 continue
-            if path in self.paths:
+            if path in self.held or (path in self.paths and len(self.held) < most_held()):
                 self.held[path] = log
                 self.apply_if_changed(log)
             else:

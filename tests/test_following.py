@@ -157,10 +157,20 @@ class Following(SystemTest):
         )
 
     def test_more_rotated_logs_than_descriptors_are_followed(self):
+        self.follow_many_logs([])
+
+    def test_more_named_logs_than_descriptors_are_followed(self):
+        self.follow_many_logs([f"log.{number}" for number in range(90)])
+
+    def follow_many_logs(self, names):
+        """Check that 90 rotated logs and the live one are followed with 40 descriptors, whether
+        they are named or not."""
         for number in range(90):
             self.path(f"log.{number}", with_id(f"p{number}", 1))
         limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
-        follower = self.start("data_processor.py", "--follow", "log", patch=f"{limit}\n{SOON}")
+        follower = self.start(
+            "data_processor.py", "--follow", *names, "log", patch=f"{limit}\n{SOON}"
+        )
         try:
             self.path("log", with_id("p", 1))
             wait_until(
