@@ -1674,9 +1674,8 @@ def rotated_logs(path, list_directory):
     for number in range(bisect.bisect_left(names, name), len(names)):
         if not names[number].startswith(name):
             break
-        sibling = os.path.join(directory, names[number])
-        if rotated.match(names[number], len(name)) and os.path.isfile(sibling):
-            found.append(sibling)
+        if rotated.match(names[number], len(name)):
+            found.append(os.path.join(directory, names[number]))
     return found
 
 
@@ -1807,7 +1806,7 @@ class Applier:
         try:
             return LogReader(path)
         except OSError as error:
-            if path in self.paths or error.errno != errno.ENOENT:
+            if path in self.paths or os.path.lexists(path):
                 self.say_trouble(path, error)
             return None
 

@@ -80,8 +80,8 @@ class OneTrouble(SystemTest):
         self.assertIn("no partition of relation", errors)
         self.assertRevenue({"good": 1})
 
-    def test_what_is_named_like_a_rotated_log_and_is_none_is_passed_over(self):
-        log = self.path("log", with_id("p", 1))
+    def test_a_rotated_log_that_cannot_be_opened_is_named(self):
+        self.path("log", with_id("p", 1))
         self.path("log.1").mkdir()
         self.path("log.2").symlink_to("nowhere")
         os.mkfifo(self.path("log.3"))
