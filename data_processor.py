@@ -1501,10 +1501,11 @@ def naming_lock(table):
         yield
     except psycopg2.errors.LockNotAvailable as error:
         raise Locked(
-            f"{table} is locked by another transaction. This shows which: SELECT DISTINCT pid, "
-            "usename, state, xact_start, query FROM pg_locks JOIN pg_stat_activity USING (pid) "
-            "WHERE relation IN ('users_revenue'::regclass, 'event_producers'::regclass, "
-            "'event_logs'::regclass)"
+            f"{table} is locked by another transaction. This shows which (one without a pid is "
+            "prepared: see pg_prepared_xacts): SELECT DISTINCT pid, usename, state, xact_start, "
+            "query FROM pg_locks LEFT JOIN pg_stat_activity USING (pid) WHERE granted AND "
+            "(relation IN (to_regclass('users_revenue'), to_regclass('event_producers'), "
+            "to_regclass('event_logs')) OR locktype = 'advisory')"
         ) from error
 
 

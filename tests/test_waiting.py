@@ -15,6 +15,7 @@ import psycopg2
 import data_processor
 from tests.tools import SystemTest, alive, children_of, fill, open_terminal, wait_until
 from tests.tools_database import (
+    drop_tables,
     open_transaction,
     query,
     setUpModule,
@@ -69,9 +70,20 @@ class Locks(SystemTest):
                 table = self.TABLES.get(case, case)
                 self.assertTrue(str(raised.exception).startswith(f"{table} is locked"))
                 self.assertEqual(said.count("Waiting: "), 1)
-                question = str(raised.exception).partition("which: ")[2]
+                question = str(raised.exception).partition("pg_prepared_xacts): ")[2]
                 shown = query(question)
                 self.assertTrue(shown, "the statement shows who it is")
+
+    def test_the_holder_of_the_advisory_lock_is_shown_before_there_are_tables(self):
+        drop_tables()
+        log = self.path("log", with_id("p", 1))
+        holding = "SELECT pg_advisory_xact_lock(hashtext('create_table.sql'))"
+        with open_transaction(holding) as holder, settings(LOCK_SECONDS=0.1, ATTEMPTS=1):
+            with self.assertRaises(data_processor.Locked) as raised:
+                data_processor.run([str(log)])
+            question = str(raised.exception).partition("pg_prepared_xacts): ")[2]
+            shown = query(question)
+            self.assertIn(holder.get_backend_pid(), [row[0] for row in shown])
 
     def test_a_run_goes_on_when_the_lock_is_free(self):
         log = self.path("log", with_id("p", 1))
