@@ -52,6 +52,10 @@ except ImportError as missing:
         "and python -m pip install -r requirements.txt."
     )
 
+# Otherwise psycopg2 may send a statement of its own once it has connected, whose answer it awaits
+# without a bound.
+os.environ["PGDATESTYLE"] = "ISO"
+
 HELP = """\
 Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit.
 

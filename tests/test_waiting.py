@@ -286,6 +286,18 @@ class StandStill(SystemTest):
             self.assertTrue(database.connection.closed)
         self.processor(log)
 
+    def test_nothing_is_asked_once_a_connection_is_made(self):
+        # psycopg2 would wait for the answer without a bound.
+        (database,) = query("SELECT current_database()")[0]
+        query(f"ALTER DATABASE {database} SET datestyle = 'German'")
+        try:
+            with contextlib.closing(data_processor.connect()) as connection:
+                pid = connection.get_backend_pid()
+                asked = query("SELECT query FROM pg_stat_activity WHERE pid = %s", [pid])
+                self.assertEqual(asked, [("",)])
+        finally:
+            query(f"ALTER DATABASE {database} RESET datestyle")
+
     def test_a_silent_host_is_given_up_for_the_next(self):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             server = query("SELECT host(inet_server_addr()), inet_server_port()")
