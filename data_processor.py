@@ -591,13 +591,16 @@ def connect(**parameters):
         chosen.pop("connect_timeout", None)  # libpq itself takes the variable then
     chosen.update(parse_database_url(url))
     chosen["client_encoding"] = "UTF8"
-    return psycopg2.connect(**chosen)
+    try:
+        return psycopg2.connect(**chosen)
+    except UnicodeDecodeError as error:  # PostgreSQL's words, or ours in them, are not UTF-8
+        raise psycopg2.OperationalError(error.object.decode(errors="backslashreplace")) from None
 
 
 def parse_database_url(url):
     """Return the parts of DATABASE_URL, or raise Failure, without quoting any of it: where a URL
     is malformed, any part of it may be a part of the password."""
-    with contextlib.suppress(psycopg2.ProgrammingError):
+    with contextlib.suppress(psycopg2.ProgrammingError, UnicodeError):
         parts = psycopg2.extensions.parse_dsn(url)
         # libpq would take an unescaped @ / or : of a password for a host or a port, and print it:
         # in postgresql://user:pass@word@host it finds the host word@host.

@@ -64,6 +64,23 @@ class Outages(SystemTest):
         self.assertEqual(errors.count("\n"), 1)
         self.assertRevenue({})
 
+    def test_words_that_are_not_utf8_are_told_in_a_sentence(self):
+        log = self.path("log", EVENT + b"\n")
+        user = "m\udcfcller"  # its bytes are Latin-1
+        url = os.environ["DATABASE_URL"]
+        place = psycopg2.extensions.parse_dsn(url)
+        place.pop("user", None)
+        without_user = psycopg2.extensions.make_dsn(**place)
+        cases = {
+            "a user": ({"DATABASE_URL": without_user, "PGUSER": user}, r"No database: .*m.*ller"),
+            "a URL": ({"DATABASE_URL": f"postgresql://{user}@localhost/x"}, "malformed"),
+        }
+        for case, (environment, words) in cases.items():
+            with self.subTest(case):
+                _, errors = self.processor(log, status=1, **environment)
+                self.assertRegex(errors, words)
+                self.assertEqual(errors.count("\n"), 1)
+
     def test_without_a_database_the_processor_says_to_start_one(self):
         self.path("server-events.jsonl", with_id("p", 1))
         _, errors = self.processor(
