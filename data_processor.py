@@ -2132,6 +2132,9 @@ class TemporaryTables(Database):
         """Connect and make the temporary tables. Raise Failure or psycopg2.Error."""
         self.connection = open_connection(VERIFY_SECONDS)
         with self.transaction() as sql:
+            # What is stored is seen as of now: what is logged and counted meanwhile would be taken
+            # for a difference by whoever has read the log already.
+            sql.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             set_time_limits(sql, VERIFY_SECONDS, VERIFY_SECONDS)
             sql.execute(
                 """

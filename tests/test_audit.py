@@ -79,6 +79,23 @@ class Audit(SystemTest):
             ):
                 self.assertTrue(data_processor.verify(logs), printed())
 
+    def test_verify_sees_what_was_stored_before_it_read_the_logs(self):
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        find_end = data_processor.LogReader.find_end
+
+        def count_another(reader, seconds):
+            found = find_end(reader, seconds)
+            query("UPDATE users_revenue SET revenue = 2")
+            return found
+
+        meanwhile = unittest.mock.patch.object(
+            data_processor.LogReader, "find_end", count_another
+        )
+        with captured() as printed, meanwhile:
+            self.assertTrue(data_processor.verify([str(log)]), printed())
+        self.assertRevenue({"user1": 2})
+
     def test_verify_compares_user_ids_of_another_collation(self):
         log = self.path("log", with_id("p", 1) + with_id("p", 2, "user2"))
         query(
