@@ -1582,11 +1582,16 @@ class Database:
                 sql.execute("SET CONSTRAINTS ALL IMMEDIATE")
             run_create_table(sql)
 
-    def recorded_positions(self):
-        """Return {log_id: RecordedPosition} of every log that the database knows."""
+    def recorded_positions(self, log_ids):
+        """Return {log_id: RecordedPosition} of these logs, without any of all logs, as far as the
+        database knows them."""
         recorded = {}
         with self.transaction() as sql, naming_lock("event_logs"):
-            sql.execute("SELECT log_id, position, digest FROM event_logs")
+            sql.execute(
+                "SELECT log_id, position, digest FROM event_logs "
+                "WHERE %s OR log_id = ANY (%s::bytea[])",
+                [not log_ids, log_ids],
+            )
             for log_id, position, digest in sql:
                 recorded[bytes(log_id)] = RecordedPosition(position, bytes(digest))
         return recorded
@@ -1779,7 +1784,8 @@ class Applier:
                 record.version = None
                 record.was_read = False
             self.database.connect()
-        self.recorded = self.database.recorded_positions()
+        known_logs = [record.log_id for record in self.files.values()]
+        self.recorded = self.database.recorded_positions(known_logs)
         for record in self.files.values():
             known = self.recorded.get(record.log_id, NOTHING_RECORDED)
             if known.position < record.position:

@@ -282,7 +282,7 @@ class StandStill(SystemTest):
         backend = database.connection.get_backend_pid()
         with stopped_backend(backend):
             with self.assertRaises(data_processor.Silent):
-                database.recorded_positions()
+                database.recorded_positions([])
             self.assertTrue(database.connection.closed)
         self.processor(log)
 
