@@ -1836,9 +1836,11 @@ class Applier:
 
     def was_done(self, log):
         """Tell whether the file of an open log was done since it is that log, also if it has grown
-        since then."""
+        since then. (A smaller or an older one is another file, with a removed one's identity.)"""
         record = self.files.get(identity_of(log))
-        return record is not None and record.version is not None
+        if record is None or record.version is None:
+            return False
+        return record.version <= version_of(log)
 
     def record_of(self, log):
         """Return the FileRecord of an open log whose end is known. It is a new one if the file has
@@ -1983,7 +1985,7 @@ def identity_of(log):
 
 
 def version_of(log):
-    """Return what differs when the file of an open log has changed."""
+    """Return what differs when the file of an open log has changed, and rises when it grows."""
     status = os.fstat(log.file.fileno())
     return status.st_size, status.st_mtime_ns
 

@@ -1,6 +1,7 @@
 """What the processor reads: plain logs, compressed ones, unfinished lines."""
 
 import bz2
+import contextlib
 import fcntl
 import gzip
 import itertools
@@ -303,6 +304,16 @@ class Logs(SystemTest):
             server.truncate(len(with_id("p", 1)))
         self.assertEqual(processor.wait(20), 0)
         self.assertRevenue({"user1": 1})
+
+    def test_a_new_log_with_the_identity_of_a_removed_one_is_read(self):
+        applier = data_processor.Applier(data_processor.Database(), [str(self.path("log"))])
+        old = self.path("log.1", with_id("p", 1) + with_id("p", 2))
+        self.path("log", with_id("q", 1))
+        with contextlib.closing(applier.database), captured():
+            applier.look()
+            old.write_text(with_id("r", 1))  # as if the file system had given the number again
+            applier.look()
+        self.assertRevenue({"user1": 4})
 
     def test_a_log_that_was_cut_has_its_new_bad_lines_named(self):
         log = self.path("log", "bad one\n" * 50 + with_id("p", 1))
