@@ -59,13 +59,13 @@ class Audit(SystemTest):
         find_end = data_processor.LogReader.find_end
 
         def find_end_slowly(log, seconds):
-            time.sleep(0.5)
+            time.sleep(0.25)
             return find_end(log, seconds)
 
         slowly = unittest.mock.patch.object(
             data_processor.LogReader, "find_end", find_end_slowly
         )
-        impatient = {"PGOPTIONS": "-c idle_in_transaction_session_timeout=200ms"}
+        impatient = {"PGOPTIONS": "-c idle_in_transaction_session_timeout=100ms"}
         for case, environment in {
             "our own limit": {},
             "the role's limit": impatient,
@@ -73,7 +73,7 @@ class Audit(SystemTest):
             with (
                 self.subTest(case),
                 captured() as printed,
-                unittest.mock.patch.object(data_processor, "IDLE_SECONDS", 0.2),
+                unittest.mock.patch.object(data_processor, "IDLE_SECONDS", 0.1),
                 unittest.mock.patch.dict(os.environ, environment),
                 slowly,
             ):

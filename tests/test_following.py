@@ -85,17 +85,17 @@ class Following(SystemTest):
         self.assertStops(follower)
 
     def test_follow_waits_for_what_is_not_there_yet(self):
-        follower = self.start("data_processor.py", "--follow", "new/log", patch=SOON)
-        self.assertIn(
-            "new/log: No such file or directory; start server.py", follower.stderr.readline()
-        )
-        self.path("new").mkdir()
-        time.sleep(0.5)  # it looks again
-        self.path("new/log", EVENT + b"\n")
-        self.assertEqual(follower.stderr.readline(), "new/log: is read again.\n")
-        wait_until(
-            lambda: query("SELECT revenue FROM users_revenue") == [(1,)], "the log is applied"
-        )
+        log = self.path("new/log")
+        with captured() as printed, opened_follower(log) as follower:
+            poll(follower)
+            self.path("new").mkdir()
+            poll(follower)
+            log.write_bytes(EVENT + b"\n")
+            poll(follower)
+            said = printed()
+        self.assertEqual(said.count("No such file or directory; start server.py"), 1)
+        self.assertIn(f"{log}: is read again.\n", said)
+        self.assertRevenue({"user1": 1})
 
     def test_a_named_log_means_its_rotated_siblings_too(self):
         log = self.path("server-events.jsonl", with_id("p", 1))

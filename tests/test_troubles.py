@@ -85,8 +85,9 @@ class OneTrouble(SystemTest):
         self.path("log.1").mkdir()
         self.path("log.2").symlink_to("nowhere")
         os.mkfifo(self.path("log.3"))
-        self.processor(log)
-        self.processor("--verify", log)
+        for mode in ([], ["--verify"]):
+            _, errors = self.processor(*mode, "log", status=1)
+            self.assertRegex(errors, r"\Alog.1: is not .*\nlog.2: No such .*\nlog.3: is not .*\n\Z")
         self.assertRevenue({"user1": 1})
 
     def test_a_rotated_log_that_vanishes_is_passed_over(self):
@@ -146,12 +147,7 @@ class OneTrouble(SystemTest):
             "def die_of_much(log, part, marks, pipe):\n"
             "    if part.end - part.start > 300 * 1024: os._exit(1)\n"
             "    send_tally(log, part, marks, pipe)\n"
-            "data_processor.send_tally = die_of_much\n"
-            "init = data_processor.Applier.__init__\n"
-            "def small(self, *arguments):\n"
-            "    init(self, *arguments)\n"
-            "    self.chunk_bytes = data_processor.CHUNK_BYTES\n"
-            "data_processor.Applier.__init__ = small"
+            "data_processor.send_tally = die_of_much"
         )
         self.assertGreater(log.stat().st_size, 1024 * 1024)
         self.processor(log, patch=die)
@@ -194,10 +190,7 @@ class OneTrouble(SystemTest):
     def test_a_follower_says_nothing_twice(self):
         plain = '{"userId": "u", "name": "add_revenue", "value": 1}\n'
         log = self.path("log", plain * 200)
-        applier = data_processor.Follower([str(log)])
-        self.addCleanup(applier.database.close)
-        self.addCleanup(lambda: [held.close() for held in applier.held.values()])
-        with captured() as output:
+        with captured() as output, opened_follower(log) as applier:
             applier.look()
             log.write_text(
                 plain + plain.replace("1", "2") + plain * 198, encoding="utf-8"
@@ -227,9 +220,7 @@ class OneTrouble(SystemTest):
     def test_logs_that_are_renamed_at_once_are_read_although_one_fails(self):
         first = self.path("a", with_id("p", 1))
         second = self.path("b", with_id("q", 1))
-        follower = data_processor.Follower([str(first), str(second)])
-        self.addCleanup(follower.database.close)
-        with captured():
+        with captured(), opened_follower(first, second) as follower:
             follower.look()
             for log, producer in ((first, "p"), (second, "q")):
                 with open(log, "a", encoding="utf-8") as file:
@@ -247,7 +238,7 @@ class OneTrouble(SystemTest):
                 with self.assertRaises(data_processor.ChildDied):
                     follower.apply_renamed()
             follower.apply_renamed()
-        self.assertEqual(follower.renamed, [])
+            self.assertEqual(follower.renamed, [])
         self.assertRevenue({"user1": 4})
 
     def test_two_logs_with_one_first_line_have_their_own_bad_lines_named(self):
@@ -262,10 +253,7 @@ class OneTrouble(SystemTest):
         directory.mkdir()
         (directory / "log").write_text(with_id("p", 1), encoding="utf-8")
         other = self.path("log", with_id("q", 1))
-        follower = data_processor.Follower([str(directory / "log"), str(other)])
-        self.addCleanup(follower.database.close)
-        self.addCleanup(lambda: [held.close() for held in follower.held.values()])
-        with captured():
+        with captured(), opened_follower(directory / "log", other) as follower:
             follower.look()
             directory.rename(self.directory / "a.old")
             self.path("a", "")
