@@ -1617,13 +1617,8 @@ def set_time_limits(sql, idle_seconds, statement_seconds):
         "set_config('lock_timeout', %s, true), "
         "set_config('statement_timeout', CASE current_setting('statement_timeout') "
         "WHEN '0' THEN %s ELSE current_setting('statement_timeout') END, true)",
-        [milliseconds(idle_seconds), milliseconds(LOCK_SECONDS), milliseconds(statement_seconds)],
+        [f"{idle_seconds} s", f"{LOCK_SECONDS} s", f"{statement_seconds} s"],
     )
-
-
-def milliseconds(seconds):
-    """Return seconds as PostgreSQL's settings take them."""
-    return f"{1000 * seconds:.0f}"
 
 
 def open_connection(statement_seconds):
@@ -1830,7 +1825,7 @@ class Applier:
         words = error.strerror
         if error.filename not in (None, path):
             words = f"{error.filename}: {words}"
-        elif error.errno == errno.ENOENT:
+        elif error.errno == errno.ENOENT and path in self.paths:
             words += "; start server.py in its directory, or name another log"
         self.troubles.begin(path, f"{words}.")
 

@@ -87,7 +87,8 @@ class OneTrouble(SystemTest):
         os.mkfifo(self.path("log.3"))
         for mode in ([], ["--verify"]):
             _, errors = self.processor(*mode, "log", status=1)
-            self.assertRegex(errors, r"\Alog.1: is not .*\nlog.2: No such .*\nlog.3: is not .*\n\Z")
+            self.assertEqual(errors.count(": is not a regular file"), 2)
+            self.assertIn("log.2: No such file or directory.\n", errors)
         self.assertRevenue({"user1": 1})
 
     def test_a_rotated_log_that_vanishes_is_passed_over(self):
