@@ -137,7 +137,8 @@ class Failure(Exception):
 
 # client.py must run without the other scripts. So these are copies of functions of
 # data_processor.py, under the same names and with the same contracts: printable, is_terminal,
-# write_without_waiting, open_regular and leads_to. Whoever changes one changes both.
+# write_without_waiting, open_regular and leads_to. (write_all is one of server.py's, PRODUCER_ID
+# one of data_processor.py's.) Whoever changes one changes both.
 
 
 def printable(words):
@@ -841,8 +842,8 @@ class Addresses:
 
     def connect(self, target, timeout):
         """Return a socket connected to target (host, port) and its address, or raise ConnectFailed.
-        All addresses together have timeout seconds. The time-out of the socket is the one for
-        sending."""
+        Each address has its share of timeout, at least STEP_SECONDS and at most CONNECT_SECONDS.
+        The time-out of the socket is the one for sending."""
         host, port = target
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -397,12 +397,15 @@ BEGIN
     -- ---- The tables belong together --------------------------------------------------------
 
     DECLARE
+        -- What there is now, and what there was when the tables were stamped.
         users_now boolean;  -- whether there are any
         ids_now boolean;
         positions_now boolean;
-        users_then boolean;  -- whether there were any when the tables were stamped; or NULL
+        users_then boolean;  -- NULL without a stamp
         ids_then boolean;
         positions_then boolean;
+
+        -- The stamps, and what they say.
         database text;
         new_stamp text;
         old_stamp jsonb;
@@ -412,6 +415,8 @@ BEGIN
         were_truncated_at_once boolean;
         rewritten_and_empty text;  -- such a table, perhaps by TRUNCATE
         may_stamp boolean;
+
+        -- The verdict.
         emptied text;  -- the table that lost what it held
         fault text;
         ids_are_lost boolean;
@@ -447,10 +452,18 @@ BEGIN
         END IF;
 
         -- A table is in place if it is the one that its stamp names: in that database, with that
-        -- oid. One that was created anew, or restored from a dump, is not. All three have one
-        -- origin if they have the same stamp, and all are in place or none is (a dump of all three
-        -- was restored). Somebody may have replaced the comment of a table, and the stamp with it:
-        -- if the stamp of the others says that it is in place, that stamp is its own.
+        -- oid. One that was created anew, or restored from a dump, is not. Whether the three have
+        -- one origin:
+        --
+        --     no stamp at all                     yes: they are taken as they are
+        --     the same stamp, all in place        yes
+        --     the same stamp, none in place       yes: a dump of all three was restored
+        --     a table lacks the stamp of the      yes: somebody replaced its comment; the stamp
+        --     others, which says that it is       of the others is its own, too
+        --     in place
+        --     anything else                       no
+        --
+        -- (old_stamp is any of the stamps: it is used only if they have one origin.)
         WITH commented AS (
             SELECT relname::text AS name, oid::text, relfilenode::text AS file,
                 xmin::text AS written_by, obj_description(oid, 'pg_class') AS comment
@@ -514,7 +527,9 @@ BEGIN
             WHEN ids_now AND NOT ids_then AND NOT positions_now THEN 'event_logs'
             WHEN ids_now AND NOT ids_then AND NOT users_now THEN 'users_revenue'
             -- Users came, and no position; or an empty table is another file than it was. This may
-            -- be right (opening balances; VACUUM FULL): the owner says so by running this file.
+            -- be right (opening balances; VACUUM FULL). A role that may stamp takes it as right,
+            -- also when data_processor.py runs as this role. Any other role stops here until the
+            -- owner has run this file.
             WHEN may_stamp THEN NULL
             WHEN users_now AND NOT users_then AND NOT positions_now THEN 'event_logs'
             ELSE rewritten_and_empty
@@ -569,6 +584,7 @@ BEGIN
                     IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
             EXCEPTION
                 WHEN lock_not_available THEN may_stamp := false;
+                -- An owner without the right to UPDATE may COMMENT, but not LOCK.
                 WHEN insufficient_privilege THEN NULL;
             END;
         END IF;

@@ -97,7 +97,8 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_FIELDS = 100
 
 # Bounds of what all requests of a worker hold in memory together.
-# Bodies, and answers that wait to be given to the log with the lines. What is over it gets 503.
+# Bodies, and the answers of batches, until their lines are given to the log. What is over it gets
+# 503.
 HELD_BODY_BYTES = 64 * 1024 * 1024
 # Answers that their peers do not read. A connection whose answer is over it is cut off.
 UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
@@ -418,8 +419,9 @@ class LogWriter:
         words = f"the log cannot be written: {sentence(report.error)}."
         if self.failure:
             words += (
-                " The server ends. Look at the end of the log, then rename it to a name that the "
-                f"processor reads, such as {self.path}.1, and start the server again."
+                " The server ends. Look at the end of the log, whose last lines may be lost or "
+                "damaged. Then rename it to a name that the processor reads, such as "
+                f"{self.path}.1, and start the server again."
             )
         self._troubles.begin(self.path, words)
 
@@ -896,8 +898,8 @@ def read_lines(rfile, first=b""):
     """Return first, which is nothing or a line, and the lines after it up to an empty one, or
     raise Refusal.
 
-    An empty line that comes first ends nothing, as there is no line end before it. Bare line feeds
-    do: they make a malformed head, which must be refused and not waited for.
+    An empty line that comes first ends nothing, as there is no line end before it. Two bare line
+    feeds end the lines, too: they make a malformed head, which must be refused and not waited for.
     """
     lines = first
     while not lines.endswith((b"\n\r\n", b"\n\n")):
@@ -1191,7 +1193,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     framing   the Framing of the request
     unread    whether a part of the request was not read: then the connection must end, so that
               the rest is never taken for a request
-    held      how many bytes of the request and its answer are in the worker's account
+    held      how many bytes of the request and its answer are in the worker's account, until
+              handle_one_request() returns
     """
 
     protocol_version = "HTTP/1.1"
@@ -1247,6 +1250,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.state.is_answering():
                 self.send_error(500)
         finally:
+            # If its lines are still to be written, they and its answer count to GROUP_BYTES now.
             self.server.bodies.give_back(self.held)
             self.held = 0
 
@@ -1603,7 +1607,9 @@ class Worker:
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._selector.register(lifeline, selectors.EVENT_READ)
             ready = self.wait(0)
-            if lifeline not in ready:  # else it may be somebody else's log by now
+            # If the parent is gone, a new server may have begun: opening the log now could create a
+            # file that nobody needs.
+            if lifeline not in ready:
                 self.log.open_early()
             self._most_connections = most_connections()
             while lifeline not in ready and not self.log.failure:
@@ -1777,7 +1783,8 @@ class Supervisor:
 
     def run(self, announcement):
         """Start the workers, say announcement, and replace workers that die, until SIGTERM,
-        Ctrl-C or a failed sync. Return the exit status, or raise OSError if none can be started."""
+        Ctrl-C or a failed sync. Return the exit status, or raise OSError if one of the first
+        workers cannot be started."""
         # If SIGCHLD were ignored, the kernel would not report a worker's end.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, self._kill)

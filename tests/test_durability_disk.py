@@ -217,5 +217,5 @@ server.sync_file = sync
         self.assertEqual(server.process.wait(10), 1)
         errors = server.errors.read_text()
         self.assertIn("No space left on device", errors)
-        self.assertIn("Look at the end of the log, then rename it", errors)
+        self.assertIn("Look at the end of the log, whose last lines", errors)
         self.assertIn(f"such as {server.log}.1", errors)
