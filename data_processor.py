@@ -1,6 +1,6 @@
 """Apply what is new in the server's logs to each user's revenue in PostgreSQL, then exit."""
-# One transaction adds revenue and the ids of the events that it came from: apply_chunk and
-# count_once, in the section "Exactly once", are that transaction, and the place to start reading.
+# One transaction adds revenue and the ids of the events that it came from. What it does is in
+# apply_chunk and count_once, in the section "Exactly once": the place to start reading.
 #
 #   event id  a producer id and a sequence number; the server stamps every line with one
 #   span      lines that follow each other and have consecutive event ids of one producer
@@ -166,7 +166,8 @@ class Disturbed(Failure):
 
 
 class Refused(Failure):
-    """PostgreSQL refuses what one log holds: a CHECK, a foreign key, no partition, an index."""
+    """PostgreSQL refuses what one log holds (a CHECK, a foreign key, no partition, an index), or
+    it cannot serve any log (no permission, a full disk): each is tried, and some are named."""
 
 
 class SyncFailed(Exception):
@@ -174,15 +175,21 @@ class SyncFailed(Exception):
 
 
 # What may come from the size of a chunk.
-TOO_MUCH = (ChildDied, Silent, MemoryError, psycopg2.errors.QueryCanceled)
+TOO_MUCH = (
+    ChildDied,
+    Silent,
+    MemoryError,
+    psycopg2.errors.QueryCanceled,
+    psycopg2.errors.OutOfMemory,
+)
 # What was waited for already: it is named at once.
 WAITED = (Locked, Silent)
 # What ends with a transaction or a connection, so that another attempt may succeed.
 PASSING = (*TOO_MUCH, Locked, Disturbed, psycopg2.OperationalError, psycopg2.InterfaceError)
 # How the codes begin of errors that are no refusal: a lost connection, an idle transaction, a
-# deadlock, a lock, a time-out or a stop. (psycopg2's classes do not tell: an entry that is too
-# long for an index is an OperationalError, too.)
-PASSING_CODES = ("08", "25P03", "40", "55P03", "57")
+# deadlock, no memory, a lock, a time-out or a stop. (psycopg2's classes do not tell: an entry
+# that is too long for an index is an OperationalError, too.)
+PASSING_CODES = ("08", "25P03", "40", "53200", "55P03", "57")
 
 
 # ---- What server.py uses, too -------------------------------------------------------------
@@ -285,7 +292,7 @@ class Troubles:
 
     def __init__(self):
         self._subjects = set()
-        self._lock = threading.Lock()  # guards _subjects; nothing is printed under it
+        self._lock = threading.Lock()  # guards changes of _subjects; nothing is printed under it
 
     def __contains__(self, subject):
         return subject in self._subjects
@@ -724,7 +731,7 @@ class Block(NamedTuple):
     start: int  # the offset of the first line
     lines: bytes  # each with its LF
     end: int  # the offset after the last line
-    raw: bytes  # the file's own last bytes before end, without what lines got, for the digest
+    raw: bytes  # the file's own bytes that end at end, for the digest: lines may have got an LF
 
 
 class LogReader:
@@ -820,7 +827,7 @@ class LogReader:
         return [(low, high) for low, high in itertools.pairwise(cuts) if low < high]
 
     def next_line(self, offset):
-        """Return the offset itself, which is not 0, if a line begins there, else where the next one
+        """Return offset, which must be above 0, if a line begins there, else where the next line
         begins, or end."""
         before = offset - 1  # an LF there tells that a line begins at offset
         while before + 1 < self.end:
@@ -1187,13 +1194,14 @@ def tally_all(log, jobs):
 # ---- Exactly once -------------------------------------------------------------------------
 
 
-# Two positions of a log must not be confused. Both are offsets, and both only grow.
-#   Reading            how far this run has read it; it ends with the run
-#   RecordedPosition   how far it was read by whoever came furthest; the database keeps it
+# Two positions of a log must not be confused. Both are offsets.
+#   Reading            how far this attempt has read it; each attempt begins at 0
+#   RecordedPosition   how far it was read by whoever came furthest; the database keeps it, and it
+#                      only grows
 
 
 class Reading(NamedTuple):
-    """How far this run has read a log."""
+    """How far an attempt to apply a log has read it."""
 
     read_up_to: int = 0
     no_id_rejected: int = 0  # how many events without an id it has rejected so far
@@ -1206,7 +1214,7 @@ class RecordedPosition(NamedTuple):
     digest: bytes  # the SHA-256 of the up to DIGEST_BYTES before the position
 
 
-NOTHING_RECORDED = RecordedPosition(0, b"")
+NOTHING_RECORDED = RecordedPosition(0, b"")  # only its position is looked at
 
 
 class Chunk(NamedTuple):
@@ -1568,8 +1576,8 @@ class Database:
     def counting(self):
         """Return a context with the cursor of a transaction that may change the tables.
 
-        Nobody can alter or empty them meanwhile. They are checked before, for what others did to
-        them, and afterwards, so that their comments say what they hold.
+        Nobody can ALTER, DROP or TRUNCATE them meanwhile. They are checked before, for what others
+        did to them, and afterwards, so that their comments say what they hold.
         """
         with self.transaction() as sql:
             for table in ("users_revenue", "event_producers", "event_logs"):
@@ -1645,10 +1653,10 @@ def connect_in_thread():
     except RuntimeError as error:
         raise Failure(f"There is no room for a thread: {error}.") from error
     thread.join()
-    (connection,) = outcome
-    if isinstance(connection, Exception):
-        raise connection
-    return connection
+    (result,) = outcome
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def keep_outcome_of_connect(outcome):
@@ -1965,8 +1973,9 @@ class Applier:
         return not passes or self.failures >= ATTEMPTS
 
     def recover(self, error):
-        """Pause, and be ready for another attempt: on a new connection, because a transaction was
-        rolled back, or was committed without a word, and then its events will be recognised."""
+        """Pause, and close the connection: prepare() then takes no file for done. Whether the last
+        COMMIT was done is not known (if it was, its events are recognised), nor whether the next
+        connection leads to the same database."""
         if isinstance(error, TOO_MUCH):
             self.chunk_bytes = max(self.chunk_bytes // SHRINK, SMALLEST_CHUNK_BYTES)
         self.database.close()
@@ -1983,12 +1992,6 @@ def version_of(log):
     """Return what differs when the file of an open log has changed, and rises when it grows."""
     status = os.fstat(log.file.fileno())
     return status.st_size, status.st_mtime_ns
-
-
-def most_held():
-    """Return how many logs may be held open: children and the database need descriptors, too."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return most // 2
 
 
 def backoff_seconds(failures):
@@ -2019,6 +2022,12 @@ def run(paths, from_start=False):
                 if isinstance(error, WAITED):
                     applier.troubles.begin("Waiting", str(error))
                 applier.recover(error)
+
+
+def most_held():
+    """Return how many logs may be held open: children and the database need descriptors, too."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most // 2
 
 
 class Renamed(NamedTuple):
@@ -2079,7 +2088,7 @@ class Follower(Applier):
                     self.apply_if_changed(log)
 
     def apply_if_changed(self, log):
-        """Apply a log unless it is as it was when it was done."""
+        """Apply a log unless it is as it was when it was done: here, what has grown is new."""
         record = self.files.get(identity_of(log))
         if record is None or record.version != version_of(log):
             self.apply(log)
@@ -2323,7 +2332,8 @@ def parse_command_line(arguments):
     parser.add_argument(
         "--from-start",
         action="store_true",
-        help="read every log from its first byte; what was counted does not count again",
+        help="read every log from its first byte, as --verify always does; what was counted does "
+        "not count again",
     )
     return parser.parse_args(arguments)
 

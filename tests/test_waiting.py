@@ -319,6 +319,13 @@ class StandStill(SystemTest):
             self.assertEqual(sql.fetchall(), [(1,)])
 
     def test_a_statement_that_takes_too_long_makes_the_chunk_smaller(self):
+        self.refuse_large_chunks("SELECT pg_sleep(10)")
+
+    def test_a_postgresql_without_memory_makes_the_chunk_smaller(self):
+        self.refuse_large_chunks("DO $$ BEGIN RAISE 'none' USING ERRCODE = '53200'; END $$")
+
+    def refuse_large_chunks(self, statement):
+        """Check that a log is applied although this statement fails in each large chunk."""
         log = self.path("log", "".join(with_id("p", number) for number in range(1, 5001)))
         slow = (
             "data_processor.STATEMENT_SECONDS = 1\n"
@@ -327,7 +334,7 @@ class StandStill(SystemTest):
             "count_once = data_processor.count_once\n"
             "def count(sql, log, tallies):\n"
             "    events = sum(tally.events for tally in tallies)\n"
-            "    if events > 2000: sql.execute('SELECT pg_sleep(10)')\n"
+            f"    if events > 2000: sql.execute({statement!r})\n"
             "    return count_once(sql, log, tallies)\n"
             "data_processor.count_once = count"
         )
