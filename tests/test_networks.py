@@ -355,7 +355,8 @@ class Reaching(ClientTest):
                 found = f"[{entry.format(bad)}, {entry.format(good)}]"
                 patch = f"import socket; socket.getaddrinfo = lambda *_, **__: {found}"
                 patch += "\nclient.STALL_SECONDS = 0.5"
-                arguments = ("--url", "http://server/liveEvent", "--give-up-after", 0.5, "--restart")
+                url = "http://server/liveEvent"
+                arguments = ("--url", url, "--give-up-after", 0.5, "--restart")
                 _, output, errors = self.run_client(*arguments, patch=patch)
                 self.assertIn("1 events accepted", output, errors)
                 self.assertEqual(len(taken), 1)

@@ -58,7 +58,8 @@ class OneTrouble(SystemTest):
     def test_what_concerns_every_log_is_not_said_of_each(self):
         query(
             "CREATE OR REPLACE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN IF NEW.user_id = ''user1'' THEN RAISE EXCEPTION ''no''; END IF; RETURN NEW; END';"
+            "'BEGIN IF NEW.user_id = ''user1'' THEN RAISE EXCEPTION ''no''; END IF; "
+            "RETURN NEW; END';"
             "CREATE TRIGGER refusing BEFORE INSERT ON users_revenue "
             "FOR EACH ROW EXECUTE FUNCTION refuses()"
         )
