@@ -134,9 +134,19 @@ BEGIN
     -- Row level security hides no row. This depends on the role, too, so it is checked every time.
     DECLARE
         listed regclass;
+        restrictive text;  -- statements that drop its restrictive policies
     BEGIN
         FOREACH listed IN ARRAY tables LOOP
             CONTINUE WHEN NOT row_security_active(listed);
+            SELECT string_agg(format('DROP POLICY %I ON %s', polname, listed), '; ')
+            INTO restrictive
+            FROM pg_policy WHERE polrelid = listed AND NOT polpermissive AND EXISTS (
+                SELECT FROM unnest(polroles) AS granted
+                WHERE granted = 0 OR pg_has_role(granted, 'USAGE'));
+            IF restrictive IS NOT NULL THEN
+                RAISE EXCEPTION '% has row level security, which may hide rows from %; mend it '
+                    'with: %', listed, current_user, restrictive;
+            END IF;
             IF NOT EXISTS (
                 SELECT FROM pg_policy, unnest(polroles) AS granted
                 WHERE polrelid = listed AND polpermissive AND polcmd = '*'
@@ -387,7 +397,8 @@ BEGIN
         new_stamp text;
         old_stamp jsonb;
         have_one_origin boolean;
-        ids_are_in_place boolean;  -- so what was counted is known, whatever became of the users
+        -- event_producers and event_logs are: what was counted is known, whatever became of users.
+        record_is_in_place boolean;
         all_are_in_place boolean;
         were_truncated_at_once boolean;
         rewritten_and_empty text;  -- such a table, perhaps by TRUNCATE
@@ -396,7 +407,7 @@ BEGIN
         -- The verdict.
         emptied text;  -- the table that lost what it held
         fault text;
-        ids_are_lost boolean;
+        record_is_lost boolean;
         existing text;
         recount text;
         begin_at_zero text;
@@ -481,7 +492,7 @@ BEGIN
             min(name) FILTER (
                 WHERE has_new_file AND new_stamp::jsonb -> name ->> 'holds' = 'false'),
             max(stamp)::jsonb
-        INTO have_one_origin, ids_are_in_place, all_are_in_place, were_truncated_at_once,
+        INTO have_one_origin, record_is_in_place, all_are_in_place, were_truncated_at_once,
             rewritten_and_empty, old_stamp
         FROM compared;
         users_then := old_stamp -> 'users_revenue' ->> 'holds';
@@ -490,8 +501,9 @@ BEGIN
         SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
         FROM pg_class WHERE oid = ANY (tables);
 
-        -- What has a stamp was counted by events, and each event fills all three tables (one
-        -- without an id only users_revenue and event_logs).
+        -- Each event fills users_revenue and event_logs, and one with an id event_producers, too: a
+        -- table that is empty beside filled ones has lost what it held. Without a stamp, what
+        -- there was is NULL, no case applies, and the tables are taken as they are.
         emptied := CASE
             -- One TRUNCATE emptied all; users are opening balances.
             WHEN were_truncated_at_once AND NOT ids_now AND NOT positions_now THEN NULL
@@ -515,13 +527,13 @@ BEGIN
             fault := NULL;  -- nothing was counted yet, or all of it is to be counted again
         ELSIF have_one_origin THEN
             fault := emptied || ' was emptied';
-            ids_are_lost := emptied <> 'users_revenue';
+            record_is_lost := emptied <> 'users_revenue';
         ELSE
             fault := 'one of them came back without the others';
             IF created <> '{}' THEN
                 fault := 'missing: ' || array_to_string(created, ', ');
             END IF;
-            ids_are_lost := NOT ids_are_in_place;
+            record_is_lost := NOT record_is_in_place;
         END IF;
 
         IF fault IS NOT NULL THEN
@@ -530,7 +542,7 @@ BEGIN
             SELECT string_agg(relname, ', ' ORDER BY array_position(tables, oid)) INTO existing
             FROM pg_class WHERE oid = ANY (tables) AND relname <> ALL (created);
             recount := 'TRUNCATE ' || existing;
-            IF ids_are_lost THEN  -- nobody knows what was counted
+            IF record_is_lost THEN  -- nobody knows what was counted
                 begin_at_zero := 'move the logs to where data_processor.py does not look, and '
                     'then: ' || recount;
             ELSE  -- tables without stamps are taken as they are: what was counted stays known
@@ -554,7 +566,7 @@ BEGIN
         -- COMMENT takes a lock that CREATE INDEX CONCURRENTLY holds, too, while it waits for this
         -- transaction to end. So where no loss could be overlooked, the stamp is left to a later
         -- run.
-        IF all_are_in_place AND users_then = users_now AND ids_then = ids_now
+        IF may_stamp AND all_are_in_place AND users_then = users_now AND ids_then = ids_now
                 AND positions_then = positions_now THEN
             BEGIN
                 LOCK TABLE users_revenue, event_producers, event_logs

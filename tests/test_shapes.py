@@ -287,6 +287,15 @@ class Shape(SystemTest):
         query(errors.partition("mend it with: ")[2])
         self.processor(log, **writer)
         self.assertRevenue({"user1": 1})
+        query(
+            "CREATE POLICY \"not all\" ON event_producers AS RESTRICTIVE "
+            "USING (producer_id <> 'p')"
+        )
+        _, errors = self.processor(log, status=1, **writer)
+        self.assertIn("event_producers has row level security, which may hide rows", errors)
+        query(errors.partition("mend it with: ")[2])
+        self.processor(log, **writer)
+        self.assertRevenue({"user1": 1})
 
     def test_what_is_no_table_is_refused(self):
         kinds = {"a view": "VIEW", "a materialized view": "MATERIALIZED VIEW"}
