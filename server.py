@@ -1676,8 +1676,10 @@ class Worker:
         """Make room for a connection that waits, if it still does after a pause: have the one
         leave from which nothing has come for the longest time."""
         time.sleep(PAUSE_SECONDS)  # one may end, or another worker may take the one that waits
+        if self.stopping:
+            return  # stop() closes them all; the selector is closed already
         is_awaited = self._accepted is not None or self._listener in self.wait(0)
-        if self.stopping or not is_awaited:
+        if not is_awaited:
             return
         now = time.monotonic()
         self._crowded_since = min(self._crowded_since, now)

@@ -78,11 +78,14 @@ def serving(log, **settings):
     Its settings may be others than the server's own.
     """
     lifeline, hold = os.pipe()
+    statuses = []
     changed = mock.patch.multiple(server_module, **settings)
     with changed, server_module.listen("127.0.0.1", 0) as listener:
         worker = server_module.Worker(listener, log, None)
         worker.address = listener.getsockname()
-        thread = threading.Thread(target=worker.run, args=[lifeline], daemon=True)
+        thread = threading.Thread(
+            target=lambda: statuses.append(worker.run(lifeline)), daemon=True
+        )
         thread.start()
         try:
             yield worker
@@ -90,6 +93,8 @@ def serving(log, **settings):
             os.close(hold)
             thread.join(20)
             os.close(lifeline)
+        if not statuses:
+            raise AssertionError("the worker did not end, or with an exception")
 
 
 BATCHES = (204, {"Accept-Post": "application/x-ndjson"}, b"")  # an answer to OPTIONS
