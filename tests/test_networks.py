@@ -368,7 +368,9 @@ class Reaching(ClientTest):
             b"HTTP/1.1 102 Processing\r\n\r\n"
         )
 
-        def answer(wire, _head):
+        def answer(wire, request):
+            while not request.endswith(EVENT.strip() + b"\n"):
+                request += wire.recv(1000)  # to close before it has come would be a reset
             wire.sendall(interim)
             send_answer(wire)
 
