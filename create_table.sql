@@ -414,12 +414,11 @@ BEGIN
         listed regclass;
         old_comment text;
     BEGIN
-        PERFORM FROM users_revenue LIMIT 1;
-        users_now := FOUND;
-        PERFORM FROM event_producers WHERE applied <> '{}' LIMIT 1;
-        ids_now := FOUND;
-        PERFORM FROM event_logs WHERE position > 0 LIMIT 1;
-        positions_now := FOUND;
+        -- In one statement, which sees one moment: others may count meanwhile.
+        SELECT EXISTS (SELECT FROM users_revenue),
+            EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
+            EXISTS (SELECT FROM event_logs WHERE position > 0)
+        INTO users_now, ids_now, positions_now;
 
         SELECT system_identifier || '.' || oid INTO database
         FROM pg_control_system(), pg_database WHERE datname = current_database();
@@ -495,6 +494,14 @@ BEGIN
         INTO have_one_origin, record_is_in_place, all_are_in_place, were_truncated_at_once,
             rewritten_and_empty, old_stamp
         FROM compared;
+        -- If others have counted between the two statements, they have also checked the tables.
+        IF (users_now, ids_now, positions_now) IS DISTINCT FROM (
+            SELECT (EXISTS (SELECT FROM users_revenue),
+                EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
+                EXISTS (SELECT FROM event_logs WHERE position > 0))
+        ) THEN
+            RETURN;
+        END IF;
         users_then := old_stamp -> 'users_revenue' ->> 'holds';
         ids_then := old_stamp -> 'event_producers' ->> 'holds';
         positions_then := old_stamp -> 'event_logs' ->> 'holds';

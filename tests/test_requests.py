@@ -110,7 +110,7 @@ class Requests(ClientTest):
         success = 200, {}, b'{"accepted": 1, "rejected": []}'
         self.path("events.jsonl", b"1\n2\n3\n4\n5\n6\n")
         with Recorder(options=[BATCHES], post=answer) as server:
-            arguments = ("--url", server.url, "--batch-size", 1, "--give-up-after", 2.5)
+            arguments = ("--url", server.url, "--batch-size", 1, "--give-up-after", 4)
             patch = "client.CONCURRENT_REQUESTS = 2"
             _, output, errors = self.run_client(*arguments, patch=patch)
         self.assertIn("6 events accepted", output, errors)
