@@ -20,6 +20,7 @@ DECLARE
     -- (No pattern has a backslash: it means another thing if standard_conforming_strings is off.)
     stamp_pattern constant text := '[[]event tables ([{][^]]*[}])[]]';
     faults text[];
+    comments text[];  -- of all three
     common_stamp text;  -- the stamp of the tables; NULL unless all three have the same one
 BEGIN
     -- ---- The database ----------------------------------------------------------------------
@@ -124,9 +125,11 @@ BEGIN
             UNION ALL SELECT 'child', inhrelid, xmin
                 FROM pg_inherits WHERE inhparent = ANY (relations)
         ) AS version));
+    comments := ARRAY(SELECT obj_description(listed, 'pg_class')
+                      FROM unnest(tables) WITH ORDINALITY AS given (listed, number)
+                      ORDER BY number);
     SELECT min(stamp) INTO common_stamp
-    FROM pg_description, substring(description FROM stamp_pattern) AS stamp
-    WHERE objoid = ANY (tables) AND classoid = 'pg_class'::regclass AND objsubid = 0
+    FROM unnest(comments) AS comment, substring(comment FROM stamp_pattern) AS stamp
     HAVING count(stamp) = 3 AND count(DISTINCT stamp) = 1;
 
     -- ---- What each table must be -----------------------------------------------------------
@@ -414,7 +417,8 @@ BEGIN
         listed regclass;
         old_comment text;
     BEGIN
-        -- In one statement, which sees one moment: others may count meanwhile.
+        -- Others may count meanwhile. So this is one statement, which sees one moment, and a later
+        -- one than that of the comments: the tables may hold more than their stamps say, not less.
         SELECT EXISTS (SELECT FROM users_revenue),
             EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
             EXISTS (SELECT FROM event_logs WHERE position > 0)
@@ -453,7 +457,7 @@ BEGIN
         -- (old_stamp is any of the stamps: it is used only if they have one origin.)
         WITH commented AS (
             SELECT relname::text AS name, oid::text, relfilenode::text AS file,
-                xmin::text AS written_by, obj_description(oid, 'pg_class') AS comment
+                xmin::text AS written_by, comments[array_position(tables, oid)] AS comment
             FROM pg_class WHERE oid = ANY (tables)
         ), stamped AS (
             SELECT *, coalesce(substring(comment FROM stamp_pattern), (
@@ -494,14 +498,6 @@ BEGIN
         INTO have_one_origin, record_is_in_place, all_are_in_place, were_truncated_at_once,
             rewritten_and_empty, old_stamp
         FROM compared;
-        -- If others have counted between the two statements, they have also checked the tables.
-        IF (users_now, ids_now, positions_now) IS DISTINCT FROM (
-            SELECT (EXISTS (SELECT FROM users_revenue),
-                EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
-                EXISTS (SELECT FROM event_logs WHERE position > 0))
-        ) THEN
-            RETURN;
-        END IF;
         users_then := old_stamp -> 'users_revenue' ->> 'holds';
         ids_then := old_stamp -> 'event_producers' ->> 'holds';
         positions_then := old_stamp -> 'event_logs' ->> 'holds';

@@ -18,6 +18,7 @@ from tests.tools_database import (
     connect,
     database_url,
     drop_tables,
+    open_transaction,
     query,
     setUpModule,
     waiting,
@@ -97,6 +98,24 @@ class Tables(SystemTest):
             first.commit()
             self.assertEqual(second.wait(20), 0, second.stderr.read())
         self.assertRevenue({"user1": 1})
+
+    def test_tables_that_are_filled_while_they_are_looked_at_are_not_taken_for_emptied(self):
+        counted = (
+            "LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;"
+            "INSERT INTO users_revenue VALUES ('user2', 1);"
+            "INSERT INTO event_producers VALUES ('q', '{{[1,2)}}');"
+            "INSERT INTO event_logs VALUES ('q', 9)"
+        )
+        for table in ("event_producers", "event_logs"):
+            with self.subTest(table):
+                self.setUp()
+                log = self.path("log", with_id("p", 1))
+                with open_transaction(counted.format(table)) as first:
+                    second = self.start("data_processor.py", log)
+                    wait_until(waiting, "the second waits")
+                    first.commit()
+                self.assertEqual(second.wait(20), 0, second.stderr.read())
+                self.assertRevenue({"user1": 1, "user2": 1})
 
     def test_a_revenue_column_that_would_round_is_refused(self):
         log = self.path("log", EVENT + b"\n")
