@@ -846,6 +846,7 @@ class Headers(dict):
         return super().__contains__(name.lower())
 
     def get(self, name, default=None):
+        """Return the value of a field, or default without one."""
         return super().get(name.lower(), default)
 
 
