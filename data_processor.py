@@ -622,6 +622,52 @@ def parse_database_url(url):
     )
 
 
+class Connecting:
+    """A connection to the database that a thread of its own is making.
+
+    It can take long, for looking up a name, too. Nobody can interrupt it, and no signal's handler
+    runs meanwhile in the thread that connects.
+    """
+
+    def __init__(self, **parameters):
+        """Begin connect(**parameters). Raise Failure if there is no room for a thread."""
+        # psycopg2 has one wait callback for the whole process. With one, looking up a name would
+        # stop all threads, and only the first of several addresses would be tried.
+        psycopg2.extensions.set_wait_callback(None)
+        # The connection, or the exception that was raised. The thread writes it before it ends.
+        self._outcome = None
+        self._thread = threading.Thread(target=self._connect, kwargs=parameters, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise Failure(f"There is no room for a thread: {error}.") from error
+
+    def _connect(self, **parameters):
+        """Connect, and keep the outcome."""
+        try:
+            self._outcome = connect(**parameters)
+        except BaseException as error:
+            self._outcome = error
+
+    def has_failed(self):
+        """Tell whether it is known that there will be no connection."""
+        return isinstance(self._outcome, BaseException)
+
+    def wait(self, deadline):
+        """Return when there is a connection or none will come. Raise TimeoutError at the deadline
+        (in seconds of time.monotonic)."""
+        self._thread.join(max(0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            raise TimeoutError
+
+    def result(self):
+        """Wait for the connection, and return it, or raise what connect() has raised."""
+        self._thread.join()
+        if self.has_failed():
+            raise self._outcome
+        return self._outcome
+
+
 def wait_for(connection, deadline):
     """Return when the connection has done what it was told: what a wait callback of psycopg2 is to
     do. Raise TimeoutError at the deadline (in seconds of time.monotonic), or psycopg2.Error."""
@@ -1632,39 +1678,12 @@ def set_time_limits(sql, idle_seconds, statement_seconds):
 def open_connection(statement_seconds):
     """Return a connection whose statements are waited for a little longer than statement_seconds.
     Raise Failure or psycopg2.Error."""
-    # psycopg2 has one wait callback for the whole process. Without one, libpq waits by itself: it
-    # alone can try one address after the other.
-    psycopg2.extensions.set_wait_callback(None)
-    connection = connect_in_thread()
+    connection = Connecting(connect_timeout=CONNECT_SECONDS).result()
     psycopg2.extensions.set_wait_callback(
         functools.partial(wait_for_statement, 1.1 * statement_seconds)
     )
     connection.set_session(isolation_level="READ COMMITTED")
     return connection
-
-
-def connect_in_thread():
-    """Return a connection that a thread has made: while libpq connects, no signal's handler would
-    run in this one. Raise Failure or psycopg2.Error."""
-    outcome = []
-    thread = threading.Thread(target=keep_outcome_of_connect, args=[outcome], daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise Failure(f"There is no room for a thread: {error}.") from error
-    thread.join()
-    (result,) = outcome
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def keep_outcome_of_connect(outcome):
-    """Append a new connection, or the exception that was raised, to the list outcome."""
-    try:
-        outcome.append(connect(connect_timeout=CONNECT_SECONDS))
-    except Exception as error:
-        outcome.append(error)
 
 
 def wait_for_statement(seconds, connection):

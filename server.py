@@ -8,7 +8,6 @@ survives kill -9 and a power cut.
 # each connection); processes (Worker, Supervisor); the command line.
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import email.utils
 import errno
@@ -44,12 +43,12 @@ from data_processor import (
     EVENT,
     LOCK_SECONDS,
     MAX_SEQUENCE,
+    Connecting,
     Failure,
     Troubles,
     amount_of,
     check_id,
     check_reserved,
-    connect,
     decode_event,
     decode_log_line,
     end_of_events,
@@ -618,7 +617,7 @@ class Revenues:
         self._rounds = Rounds(self._answer_round)
         self._troubles = Troubles()
         self._connection = None
-        self._opening = None  # the Future of a connection that is being made by its own thread
+        self._opening = None  # the Connecting for which a round waits, or waited in vain
         # Members of this round that have no answer yet, in the order in which they came: so the
         # first one's deadline is the next one. Who is told its outcome is removed.
         self._unanswered = collections.deque()
@@ -678,8 +677,8 @@ class Revenues:
     def _select(self):
         """Run the query on the connection, with the result and the exceptions of _query."""
         users = list({member.item.user for member in self._unanswered})
-        # psycopg2 calls it instead of waiting in libpq, which knows no deadline. It would do so
-        # for every connection of the process, but there is only this one.
+        # psycopg2 calls it instead of waiting in libpq, which knows no deadline. It does so for
+        # every connection of the process.
         psycopg2.extensions.set_wait_callback(self._wait_for_database)
         try:
             with self._connection.cursor() as sql:
@@ -688,7 +687,6 @@ class Revenues:
         except psycopg2.errors.UndefinedTable:
             return {}  # before the tables exist, no user has revenue
         finally:
-            # Connections must be made without it: see open_connection().
             psycopg2.extensions.set_wait_callback(None)
 
     def _wait_for_database(self, connection):
@@ -696,20 +694,21 @@ class Revenues:
         self._wait_or_refuse(functools.partial(wait_for, connection))
 
     def _open(self):
-        """Return a new connection, or raise the reason why there is none.
-
-        It is made by a thread of its own: looking up a name can take long, and nobody can
-        interrupt it. A later round finds the connection that came too late for this one.
-        """
+        """Return a new connection, or one that came too late for an earlier round; or raise the
+        reason why there is none."""
         opening = self._opening
-        if opening is None or has_failed(opening):  # it failed when no round waited any more
-            opening = concurrent.futures.Future()
-            thread = threading.Thread(target=open_connection, args=[opening], daemon=True)
-            thread.start()
+        if opening is None or opening.has_failed():  # it failed when no round waited any more
+            # tcp_user_timeout: after half the time that a round has, libpq gives up an address that
+            # is dead, and goes on to the next one.
+            opening = Connecting(
+                connect_timeout=CONNECT_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000 // 2
+            )
             self._opening = opening
-        self._wait_or_refuse(functools.partial(wait_for_future, opening))
+        self._wait_or_refuse(opening.wait)
         self._opening = None
-        return opening.result()
+        connection = opening.result()
+        connection.autocommit = True  # a round is one query, and its transaction ends with it
+        return connection
 
     def _wait_or_refuse(self, wait):
         """Call wait(deadline) with the next deadline, again and again until it returns in time.
@@ -734,38 +733,6 @@ class Revenues:
 def too_late():
     """Return the exception for a database that took too long."""
     return Failure(f"no answer within {DATABASE_SECONDS} seconds")
-
-
-def open_connection(opening):
-    """Connect to the database, and give the Future opening the connection or the reason why there
-    is none.
-
-    The connection is made synchronously and without a wait callback: in the other cases psycopg2
-    looks up the host's name without letting any other thread run.
-    """
-    try:
-        # tcp_user_timeout: when an address is dead, libpq goes on to the next one.
-        connection = connect(
-            connect_timeout=CONNECT_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000 // 2
-        )
-        connection.autocommit = True  # a round is one query, and its transaction ends with it
-    except BaseException as error:
-        opening.set_exception(error)
-    else:
-        opening.set_result(connection)
-
-
-def has_failed(future):
-    """Tell whether what the Future stands for is over, and has failed."""
-    return future.done() and future.exception() is not None
-
-
-def wait_for_future(future, deadline):
-    """Return when the Future is done, or raise TimeoutError at the deadline."""
-    left = max(0, deadline - time.monotonic())
-    done, _ = concurrent.futures.wait([future], left)
-    if not done:
-        raise TimeoutError
 
 
 # ---- Requests, as they are read -----------------------------------------------------------------

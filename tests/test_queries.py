@@ -157,12 +157,12 @@ server.wait_for = wait_for
             "--workers",
             "1",
             patch=f"""
-import os, time
-def connect(real=server.connect, **parameters):
+import data_processor, os, time
+def connect(real=data_processor.connect, **parameters):
     while not os.path.exists({str(found)!r}):
         time.sleep(0.01)
     return real(**parameters)
-server.connect = connect
+data_processor.connect = connect
 {IMPATIENT}
 """,
         )
@@ -174,6 +174,29 @@ server.connect = connect
         self.assertEqual(statuses, [503] * 20)
         found.touch()
         wait_until(lambda: server.ask("GET", USER1)[0] == 404, "the connection is there")
+
+    def test_an_attempt_that_fails_after_its_round_costs_the_next_round_nothing(self):
+        over = threading.Event()
+        attempts = []
+
+        def connect(real=data_processor.connect, **parameters):
+            attempts.append(parameters)
+            if len(attempts) == 1:
+                over.wait(20)
+                raise psycopg2.OperationalError("it was not there yet")
+            return real(**parameters)
+
+        database = self.database()
+        soon = unittest.mock.patch.object(server_module, "DATABASE_SECONDS", 0.2)
+        with unittest.mock.patch.object(data_processor, "connect", connect):
+            with soon, warnings_of(data_processor) as said:
+                (answer,) = find_revenues(database, ["user1"])
+            self.assertIsInstance(answer, server_module.NoAnswer)
+            self.assertEqual(said, ["The database: no answer within 0.2 seconds."])
+            over.set()
+            wait_until(database._opening.has_failed, "the first attempt has failed")
+            self.assertEqual(find_revenues(database, ["user1"]), [None])
+        self.assertEqual(len(attempts), 2)
 
     def test_a_name_server_that_is_silent_stops_no_other_thread(self):
         # Its answer is waited for in C. psycopg2 lets other threads run meanwhile only if the
@@ -315,5 +338,5 @@ server.connect = connect
             self.assertIsInstance(answers[0], server_module.NoAnswer)
         with warnings_of(data_processor) as said_again:
             self.assertEqual(find_revenues(database, ["user1"]), [None])
-        self.assertEqual(said, ["The database: can't start new thread."])
+        self.assertEqual(said, ["The database: There is no room for a thread: can't start new thread."])
         self.assertEqual(said_again, ["The database: it answers again."])
