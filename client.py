@@ -62,6 +62,8 @@ BATCH_BYTES = 512 * 1024
 FIRST_BATCH_BYTES = 64 * 1024
 # Bytes below which batches do not become smaller: the slowest line can carry these.
 SMALLEST_BATCH_BYTES = 4 * 1024
+# A batch that is too slow is sent again in so many parts.
+PARTS = 8
 # Seconds within which an answer says that the next batch may be larger.
 FAST_ANSWER_SECONDS = 1.0
 # Bytes that are read at once from the file for its hash, and from a line longer than a batch.
@@ -621,14 +623,17 @@ class Batch(typing.NamedTuple):
     lines: int
     events: int  # lines that are not blank
     body: bytes  # what is sent: the lines, each with its line end
-    end: int = 0  # where it ends in the file, in bytes; a half that is sent again has none
+    end: int = 0  # where it ends in the file, in bytes; a part that is sent again has none
 
-    def halves(self):
-        """Return two batches with half of the lines each."""
+    def parts(self):
+        """Return at most PARTS batches with the same lines, which are two at least."""
         lines = self.body.split(b"\n")
         lines.pop()  # what is behind the last line end: nothing
-        half = self.lines // 2
-        return [make_batch(self.first, lines[:half]), make_batch(self.first + half, lines[half:])]
+        step = math.ceil(self.lines / PARTS)
+        return [
+            make_batch(self.first + begin, lines[begin : begin + step])
+            for begin in range(0, self.lines, step)
+        ]
 
 
 def make_batch(first, lines):
@@ -659,7 +664,7 @@ class BatchSize:
 
     def timed_out(self):
         """Let batches become smaller."""
-        self.bytes = max(self.bytes // 2, SMALLEST_BATCH_BYTES)
+        self.bytes = max(self.bytes // PARTS, SMALLEST_BATCH_BYTES)
 
 
 class Source:
@@ -1194,7 +1199,9 @@ class Sender:
         authorization = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
         if authorization:
             self._headers["Authorization"] = authorization
-        self._answer_seconds = min(max(give_up_after, STALL_SECONDS), LONGEST_WAIT_SECONDS)
+        # Half of the patience, so that what gets no answer in time can be sent again before we give
+        # up: the same request, or a part of the batch.
+        self._answer_seconds = min(max(give_up_after / 2, STALL_SECONDS), LONGEST_WAIT_SECONDS)
         self._proxy = find_proxy(url)
         self._opener = make_opener(url, self._proxy)
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
@@ -1234,11 +1241,11 @@ class Sender:
 
     def _deliver_batch(self, batch, post):
         """Return the errors of a batch's rejected lines, {line number: error}. What is too slow is
-        sent again in halves, in which every line keeps its event id."""
+        sent again in parts, in which every line keeps its event id."""
         errors = {}
-        parts = collections.deque([batch])
-        while parts:
-            part = parts.popleft()
+        unsent = [batch]
+        while unsent:
+            part = unsent.pop(0)
             if not part.events:
                 continue
             attempt = functools.partial(post, part)
@@ -1246,8 +1253,7 @@ class Sender:
                 errors |= self._retry(attempt, until_too_slow=part.lines > 1)
             except TooSlow:
                 self._size.timed_out()
-                first_half, second_half = part.halves()
-                parts.extendleft([second_half, first_half])
+                unsent = part.parts() + unsent
         return errors
 
     def _retry(self, attempt, until_too_slow=False):

@@ -215,7 +215,7 @@ class Patient(ClientTest):
             "answered with status 413: too large. Lower --batch-size.", errors
         )
 
-    def test_a_batch_that_is_too_slow_is_sent_in_halves_under_the_same_ids(self):
+    def test_a_batch_that_is_too_slow_is_sent_in_parts_under_the_same_ids(self):
         def answer(_number, body):
             lines = body.split(b"\n")[:-1]
             if len(lines) > 2:
@@ -255,6 +255,22 @@ class Patient(ClientTest):
                     len({headers["Producer-Id"] for headers, _ in server.posts}), 1
                 )
 
+    def test_there_is_time_for_the_parts_of_a_batch_that_got_no_answer(self):
+        sizes = []
+
+        def answer(_number, body):
+            lines = body.count(b"\n")
+            sizes.append(lines)
+            time.sleep(0.4 * lines)
+            return 200, {}, b'{"accepted": %d, "rejected": []}' % lines
+
+        self.path("events.jsonl", (EVENT + b"\n") * 8)
+        with Recorder(options=[BATCHES], post=answer) as server:
+            arguments = ("--url", server.url, "--give-up-after", 2)
+            run = self.run_client(*arguments, patch="client.STALL_SECONDS = 0.5")
+        self.assertEqual((run[0], sizes), (0, [8] + [1] * 8), run[2])
+        self.assertIn("8 events accepted", run[1])
+
     def test_batches_grow_with_fast_answers_and_shrink_after_time_outs(self):
         size = client_module.BatchSize(5000)
         first = size.bytes
@@ -264,7 +280,7 @@ class Patient(ClientTest):
             size.answered_after(0.1)
         self.assertEqual(size.bytes, client_module.BATCH_BYTES)
         size.timed_out()
-        self.assertEqual(size.bytes, client_module.BATCH_BYTES // 2)
+        self.assertEqual(size.bytes, client_module.BATCH_BYTES // client_module.PARTS)
         for _ in range(20):
             size.timed_out()
         self.assertEqual(size.bytes, client_module.SMALLEST_BATCH_BYTES)
