@@ -124,8 +124,6 @@ RESTART_ADVICE = (
 )
 # What http.client says when a proxy answers CONNECT with 4xx. With 408 or 429 it may do it later.
 PROXY_REFUSAL = re.compile("Tunnel connection failed: 4(?!08|29)")
-# A producer id as the server takes it.
-PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
 # How FILE.delivery begins.
 STATE_BEGINNING = b'{"producerId": "'
 
@@ -139,8 +137,7 @@ class Failure(Exception):
 
 # client.py must run without the other scripts. So these are copies of functions of
 # data_processor.py, under the same names and with the same contracts: printable, is_terminal,
-# write_without_waiting, open_regular and leads_to. (write_all is one of server.py's, PRODUCER_ID
-# one of data_processor.py's.) Whoever changes one changes both.
+# write_without_waiting, open_regular and leads_to. (write_all is one of server.py's.) Whoever changes one changes both.
 
 
 def printable(words):
@@ -391,11 +388,8 @@ def decode_note(line):
     fields = decode_line(line)
     if fields is None or not line.endswith(b"\n"):
         return None
-    try:
-        progress = Progress(*[fields[name] for name in Progress._fields])
-        rejected_lines = [text.encode("latin-1") for text in fields["rejectedLines"]]
-    except KeyError:
-        return None
+    progress = Progress(*[fields[name] for name in Progress._fields])
+    rejected_lines = [text.encode("latin-1") for text in fields["rejectedLines"]]
     return Note(progress, rejected_lines, fields.get("rejectedLinesIn"))
 
 
@@ -475,10 +469,7 @@ class StateFile:
 
     def load(self, restart):
         """Learn the state of the unfinished delivery, and return the Content that it is of; or
-        return None to begin one, with restart in any case. Raise Failure if neither is right.
-
-        The Content has whatever values the file has: it is only compared with the true one.
-        """
+        return None to begin one, with restart in any case. Raise Failure if neither is right."""
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             line = file.readline(MAX_NOTE_BYTES)
@@ -492,20 +483,15 @@ class StateFile:
             return None
         state = decode_line(line)
         if state is None:
-            state = decode_object(line) or {}
-            if "crc32" in state:  # clients of earlier versions wrote none, and no line end either
-                state = {}
-        producer_id = state.get("producerId")
-        if not isinstance(producer_id, str) or not PRODUCER_ID.fullmatch(producer_id):
             raise Failure(f"{self.path} cannot be understood. {RESTART_ADVICE}")
-        self.producer_id = producer_id
+        self.producer_id = state["producerId"]
         self._end = len(line)
         for note, end in self._read_notes():
             self.progress = note.progress
             self._end = end
             if note.rejected_name:
                 self.rejected_path = os.path.join(os.path.dirname(self.path), note.rejected_name)
-        return Content(state.get("size"), state.get("sha256"))
+        return Content(state["size"], state["sha256"])
 
     def rejected_lines(self):
         """Yield the rejected lines of all notes."""
@@ -548,9 +534,7 @@ class StateFile:
         may have been killed before that was done.) Raise OSError."""
         with naming(self.path):
             last_byte = os.pread(self._fd, 1, self._end - 1)
-        if last_byte == b"\n":
-            self._append(b"")
-        else:
+        if last_byte != b"\n":  # somebody took the first line's end away
             self._append(b"\n")
         self._sync_with_name()
 
