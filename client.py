@@ -964,49 +964,31 @@ class Connection(http.client.HTTPConnection):
             raise
 
 
-class OpenHttp(urllib.request.HTTPHandler):
-    """Opens http URLs through a Connection."""
-
-    def __init__(self, addresses):
-        super().__init__()
-        self._addresses = addresses
-
-    def http_open(self, request):
-        """Return the response to a request."""
-        return self.do_open(Connection, request, addresses=self._addresses)
-
-
 if ssl:
 
     class TlsConnection(Connection, http.client.HTTPSConnection):
         """A Connection through TLS: its send() and getresponse() are those of Connection, its
         connect() is that of HTTPSConnection, which wraps the socket."""
 
-    class OpenHttps(urllib.request.HTTPSHandler):
-        """Opens https URLs through a TlsConnection."""
 
-        def __init__(self, addresses):
-            super().__init__()
-            self._addresses = addresses
-            self._tls = ssl.create_default_context()
-            self._tls.set_alpn_protocols(["http/1.1"])
+class OpenUrls(urllib.request.HTTPHandler):
+    """Opens http and https URLs through a Connection."""
 
-        def https_open(self, request):
-            """Return the response to a request."""
-            return self.do_open(
-                TlsConnection, request, addresses=self._addresses, context=self._tls
-            )
+    https_request = urllib.request.HTTPHandler.http_request
 
+    def __init__(self, tls):
+        """Prepare for https URLs with tls, an ssl.SSLContext; None means Python's own."""
+        super().__init__()
+        self._addresses = Addresses()
+        self._tls = tls
 
-class EveryAnswer(urllib.request.HTTPErrorProcessor):
-    """Takes every answer as it is: a redirect is not followed, because it is an error and no
-    delivery."""
+    def http_open(self, request):
+        """Return the response to a request."""
+        return self.do_open(Connection, request, addresses=self._addresses)
 
-    def http_response(self, request, response):
-        """Return the response, whatever its status is."""
-        return response
-
-    https_response = http_response
+    def https_open(self, request):
+        """Return the response to a request."""
+        return self.do_open(TlsConnection, request, addresses=self._addresses, context=self._tls)
 
 
 def find_proxy(url):
@@ -1018,8 +1000,11 @@ def find_proxy(url):
     proxy = urllib.request.getproxies().get(target.scheme)
     if not proxy or urllib.request.proxy_bypass(target.netloc):
         return None
+    usable = ["http"]
+    if ssl:
+        usable.append("https")
     kind, separator, _ = proxy.partition("://")
-    if separator and kind.lower() not in ("http", "https"):
+    if separator and kind.lower() not in usable:
         raise Failure(
             f"The proxy in {target.scheme}_proxy is a {printable(kind)} proxy, which client.py "
             "cannot use. Name an http:// proxy, or name the server in no_proxy."
@@ -1034,16 +1019,21 @@ def make_opener(url, proxy):
     proxies = {}
     if proxy:
         proxies[scheme] = proxy
-    addresses = Addresses()
-    handlers = [urllib.request.ProxyHandler(proxies), EveryAnswer(), OpenHttp(addresses)]
+    tls = None
     if scheme == "https":
         try:
-            handlers.append(OpenHttps(addresses))
+            tls = ssl.create_default_context()
+            tls.set_alpn_protocols(["http/1.1"])
         except OSError as error:
             # Among others, this reads the files of SSLKEYLOGFILE and of OpenSSL's configuration.
             words = f"TLS cannot be used: {error.filename or 'OpenSSL'}: {words_of(error)}."
             raise Failure(f"{words} Correct SSLKEYLOGFILE or OPENSSL_CONF.") from error
-    return urllib.request.build_opener(*handlers)
+    # These two handlers alone take every answer as it is. (Those that build_opener() adds would
+    # follow a redirect, which is an error and no delivery.)
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    opener.add_handler(OpenUrls(tls))
+    return opener
 
 
 def words_of(error):
