@@ -498,9 +498,8 @@ def lock_log(path, fd, operation, seconds=LOCK_SECONDS):
         if not leads_to(path, fd):
             return False
         if time.monotonic() >= deadline:
-            # Whoever waits for less has waited for so long before.
-            words = f"another program has held its lock for {LOCK_SECONDS} seconds"
-            raise OSError(errno.EAGAIN, f"{words} (lsof shows which)", path)
+            words = "another program holds its lock (lsof shows which)"
+            raise OSError(errno.EAGAIN, words, path)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
 

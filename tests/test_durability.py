@@ -340,7 +340,7 @@ class Durability(SystemTest):
                 thread.join(20)
             self.assertEqual(server.ask("GET", "/health")[0], 200)
         self.assertEqual([status for status, _ in answers], [503] * 10)
-        self.assertIn("has held its lock", answers[0][1]["error"])
+        self.assertIn("holds its lock", answers[0][1]["error"])
         self.assertEqual(server.post(EVENT)[0], 200)
         wait_until(lambda: len(server.said()) == 2, "the trouble and its end are said, once each")
         self.assertEqual(len(ids_in(server.log)), 2)

@@ -153,7 +153,7 @@ class Locks(SystemTest):
                 "data_processor.LOCK_SECONDS = 0.1"
             )
             _, errors = self.processor(locked, other, status=1, patch=quick)
-        self.assertIn(f"{locked}: another program has held its lock", errors)
+        self.assertIn(f"{locked}: another program holds its lock", errors)
         self.assertRevenue({"user1": 1})
 
     def test_verify_names_the_table_that_is_locked(self):
