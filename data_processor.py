@@ -1781,9 +1781,11 @@ class Applier:
             log = self.open(path)
             if log is None:
                 continue
-            with contextlib.closing(log):
-                if not self.was_done(log) and self.apply(log):
+            try:
+                if not self.is_done(log) and self.apply(log):
                     found = True
+            finally:
+                self.close(log)
         return found
 
     def prepare(self):
@@ -1845,9 +1847,14 @@ class Applier:
             words += "; start server.py in its directory, or name another log"
         self.troubles.begin(path, f"{words}.")
 
-    def was_done(self, log):
+    def close(self, log):
+        """Close a log that open() has returned."""
+        log.close()
+
+    def is_done(self, log):
         """Tell whether the file of an open log was done since it is that log, also if it has grown
-        since then. (A smaller or an older one is another file, with a removed one's identity.)"""
+        since then: else a run would not end as long as the server writes. (A smaller or an older
+        one is another file, with a removed one's identity.)"""
         record = self.files.get(identity_of(log))
         if record is None or record.version is None:
             return False
@@ -2076,32 +2083,11 @@ class Follower(Applier):
                 self.troubles.end("Events are not applied", "they are applied again.")
                 time.sleep(POLL_SECONDS)
 
-    def look(self):
-        """Apply every log that has changed since it was applied. Raise Failure or psycopg2.Error
-        when no log can be applied."""
-        self.prepare()
+    def prepare(self):
+        """Connect as an Applier does, and read logs that were renamed to their end."""
+        super().prepare()
         self.notice_renamed()
         self.apply_renamed()
-        for path in self.find_logs():
-            log = self.held.get(path)
-            if log is None:
-                log = self.open(path)
-            if log is None:
-                continue
-            if path in self.held or (path in self.paths and len(self.held) < most_held()):
-                self.held[path] = log
-                self.apply_if_changed(log)
-            else:
-                with contextlib.closing(log):
-                    self.apply_if_changed(log)
-
-    def apply_if_changed(self, log):
-        """Apply a log unless it is as it was when it was done: here, what has grown is new."""
-        record = self.files.get(identity_of(log))
-        if record is None or record.version != version_of(log):
-            self.apply(log)
-        elif time.monotonic() >= record.again_at:
-            self.apply(log)
 
     def notice_renamed(self):
         """Take logs that were renamed or removed from held to renamed."""
@@ -2127,6 +2113,29 @@ class Follower(Applier):
                 self.troubles.begin(renamed.log.path, words)
             self.renamed.remove(renamed)  # each by itself: applying the next one may raise
             renamed.log.close()
+
+    def open(self, path):
+        """Return the LogReader that is held for path. If there is none, open the log, and hold it
+        if it was named and if descriptors allow it."""
+        log = self.held.get(path)
+        if log is None:
+            log = super().open(path)
+            if log is not None and path in self.paths and len(self.held) < most_held():
+                self.held[path] = log
+        return log
+
+    def close(self, log):
+        """Close a log unless it is held."""
+        if log.path not in self.held:
+            log.close()
+
+    def is_done(self, log):
+        """Tell whether an open log is as it was when it was done: here, what has grown is new. A
+        refused one is done until it is to be tried again."""
+        record = self.files.get(identity_of(log))
+        if record is None or record.version != version_of(log):
+            return False
+        return time.monotonic() < record.again_at
 
     def say_renamed(self, log):
         """Say nothing: apply_renamed() tries again, and names it in the end."""
