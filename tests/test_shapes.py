@@ -287,14 +287,21 @@ class Shape(SystemTest):
         query(errors.partition("mend it with: ")[2])
         self.processor(log, **writer)
         self.assertRevenue({"user1": 1})
-        query(
-            "CREATE POLICY \"not all\" ON event_producers AS RESTRICTIVE "
-            "USING (producer_id <> 'p')"
+
+    def test_the_owner_of_tables_with_row_level_security_sees_every_row(self):
+        query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
+        self.addCleanup(
+            query,
+            "REASSIGN OWNED BY events_test_owner TO CURRENT_USER;"
+            "DROP OWNED BY events_test_owner; DROP ROLE events_test_owner",
         )
-        _, errors = self.processor(log, status=1, **writer)
-        self.assertIn("event_producers has row level security, which may hide rows", errors)
-        query(errors.partition("mend it with: ")[2])
-        self.processor(log, **writer)
+        for table in ("users_revenue", "event_producers", "event_logs"):
+            query(
+                f"ALTER TABLE {table} OWNER TO events_test_owner;"
+                f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY"
+            )
+        owner = {"PGOPTIONS": "-c role=events_test_owner"}
+        self.processor(self.path("log", with_id("p", 1)), **owner)
         self.assertRevenue({"user1": 1})
 
     def test_what_is_no_table_is_refused(self):
