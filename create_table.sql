@@ -21,8 +21,6 @@ DECLARE
     -- (No pattern has a backslash: it means another thing if standard_conforming_strings is off.)
     stamp_pattern constant text := '[[]event tables ([{][^]]*[}])[]]';
     faults text[];
-    comments text[];  -- of all three
-    common_stamp text;  -- the stamp of the tables; NULL unless all three have the same one
 BEGIN
     -- ---- The database ----------------------------------------------------------------------
 
@@ -99,11 +97,10 @@ BEGIN
     -- The comment of each table ends with the same stamp: [event tables {...}]. It holds, as JSON,
     -- what the tables were when they were checked:
     --
-    --     database            in which cluster, and in which database of it
-    --     shape               the hash below
-    --     and, for each table by its name:
-    --         oid, file       of the table, in that database
-    --         holds           whether anything was counted in it
+    --     database       in which cluster, and in which database of it
+    --     shape          the hash below
+    --     oids, files    of the tables, each by its name
+    --     holds          whether anything was counted in them, each by its name
     --
     -- The shape is made of xmin, the transaction that last wrote a row of the catalogue: whatever
     -- alters a table writes one. VACUUM and ANALYZE update in place and leave xmin. What changes
@@ -126,12 +123,6 @@ BEGIN
             UNION ALL SELECT 'child', inhrelid, xmin
                 FROM pg_inherits WHERE inhparent = ANY (relations)
         ) AS version));
-    comments := ARRAY(SELECT obj_description(id, 'pg_class')
-                      FROM unnest(tables) WITH ORDINALITY AS given (id, number)
-                      ORDER BY number);
-    SELECT min(stamp) INTO common_stamp
-    FROM unnest(comments) AS comment, substring(comment FROM stamp_pattern) AS stamp
-    HAVING count(stamp) = 3 AND count(DISTINCT stamp) = 1;
 
     -- ---- What each table must be -----------------------------------------------------------
 
@@ -143,10 +134,11 @@ BEGIN
         END IF;
     END LOOP;
 
-    -- Each check gives a sentence for each fault that it finds; the first one is raised. If the
-    -- stamp has this shape, all of this was checked before. (The checks stand in a string because
-    -- PL/pgSQL parses all else each time: this takes a sixth off a run that finds nothing changed.)
-    IF common_stamp IS NULL OR strpos(common_stamp, shape) = 0 THEN
+    -- Each check gives a sentence for each fault that it finds; the first one is raised. If a stamp
+    -- has this shape, all of this was checked before. (The checks stand in a string because PL/pgSQL
+    -- parses all else each time: this takes a sixth off a run that finds nothing changed.)
+    IF NOT EXISTS (SELECT FROM unnest(tables) AS given (id)
+                   WHERE strpos(obj_description(id, 'pg_class'), shape) > 0) THEN
         EXECUTE $checks$
         SELECT ARRAY(
             SELECT 'users_revenue, event_producers and event_logs are in different schemas; set '
@@ -377,12 +369,13 @@ BEGIN
 
         -- The stamps, and what they say.
         database text;
+        stamps text[];  -- of all three
         new_stamp text;
+        is_locked boolean := false;  -- against others who stamp
         old_stamp jsonb;
         have_one_origin boolean;
         -- event_producers and event_logs are: what was counted is known, whatever became of users.
         record_is_in_place boolean;
-        all_are_in_place boolean;
         were_truncated_at_once boolean;
         rewritten_and_empty text;  -- such a table, perhaps by TRUNCATE
         may_stamp boolean;
@@ -396,30 +389,55 @@ BEGIN
         begin_at_zero text;
         old_comment text;
     BEGIN
-        -- Others may count meanwhile. So this is one statement, which sees one moment, and a later
-        -- one than that of the comments: the tables may hold more than their stamps say, not less.
-        SELECT EXISTS (SELECT FROM users_revenue),
-            EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
-            EXISTS (SELECT FROM event_logs WHERE position > 0)
-        INTO users_now, ids_now, positions_now;
-
         SELECT system_identifier || '.' || oid INTO database
         FROM pg_control_system(), pg_database WHERE datname = current_database();
-        new_stamp := jsonb_build_object(
-            'database', database,
-            'shape', shape,
-            'users_revenue', jsonb_build_object(
-                'oid', 'users_revenue'::regclass::oid,
-                'file', pg_relation_filenode('users_revenue'), 'holds', users_now),
-            'event_producers', jsonb_build_object(
-                'oid', 'event_producers'::regclass::oid,
-                'file', pg_relation_filenode('event_producers'), 'holds', ids_now),
-            'event_logs', jsonb_build_object(
-                'oid', 'event_logs'::regclass::oid,
-                'file', pg_relation_filenode('event_logs'), 'holds', positions_now));
-        IF common_stamp = new_stamp THEN
-            RETURN;
-        END IF;
+        SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
+        FROM pg_class WHERE oid = ANY (tables);
+        LOOP
+            -- Others may count meanwhile. So first the stamps are read, and then, in one statement,
+            -- which sees one moment, what the tables hold: it may be more than the stamps say, not
+            -- less.
+            stamps := ARRAY(SELECT substring(obj_description(id, 'pg_class') FROM stamp_pattern)
+                            FROM unnest(tables) WITH ORDINALITY AS given (id, number)
+                            ORDER BY number);
+            SELECT EXISTS (SELECT FROM users_revenue),
+                EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
+                EXISTS (SELECT FROM event_logs WHERE position > 0)
+            INTO users_now, ids_now, positions_now;
+            SELECT jsonb_build_object(
+                'database', database,
+                'shape', shape,
+                'oids', jsonb_object_agg(relname, oid),
+                'files', jsonb_object_agg(relname, relfilenode),
+                'holds', jsonb_build_object('users_revenue', users_now, 'event_producers', ids_now,
+                                            'event_logs', positions_now))
+            INTO new_stamp
+            FROM pg_class WHERE oid = ANY (tables);
+            IF new_stamp = ALL (stamps) THEN
+                RETURN;
+            END IF;
+            EXIT WHEN is_locked OR NOT may_stamp;
+
+            -- This is to be stamped. But another one may have counted and stamped since the tables
+            -- were looked at, and its stamp would be lost. So all who stamp take this lock, and
+            -- look again. (CREATE INDEX CONCURRENTLY holds it, too, while it waits for this
+            -- transaction to end. So if only the shape or a file differs from the stamps, the lock
+            -- is not waited for, and the stamp is left to a later run.)
+            IF (SELECT bool_and(stamp::jsonb - '{shape, files}'::text[]
+                                = new_stamp::jsonb - '{shape, files}'::text[])
+                FROM unnest(stamps) AS stamp) THEN
+                BEGIN
+                    LOCK TABLE users_revenue, event_producers, event_logs
+                        IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
+                EXCEPTION
+                    WHEN lock_not_available THEN EXIT;
+                END;
+            ELSE
+                LOCK TABLE users_revenue, event_producers, event_logs
+                    IN SHARE UPDATE EXCLUSIVE MODE;
+            END IF;
+            is_locked := true;
+        END LOOP;
 
         -- A table is in place if it is the one that its stamp names: in that database, with that
         -- oid. One that was created anew, or restored from a dump, is not. Whether the three have
@@ -434,33 +452,15 @@ BEGIN
         --     anything else                       no
         --
         -- (old_stamp is any of the stamps: it is used only if they have one origin.)
-        WITH commented AS (
+        WITH stamped AS (
             SELECT relname::text AS name, oid::text, relfilenode::text AS file,
-                xmin::text AS written_by, comments[array_position(tables, oid)] AS comment
+                xmin::text AS written_by, stamps[array_position(tables, oid)] AS stamp
             FROM pg_class WHERE oid = ANY (tables)
-        ), stamped AS (
-            SELECT *, coalesce(substring(comment FROM stamp_pattern), (
-                -- Older stamps were a list: [events ID DATABASE OIDS FILES SHAPE HOLDS].
-                SELECT jsonb_build_object(
-                    'database', part[2],
-                    'shape', part[9],
-                    'users_revenue', jsonb_build_object(
-                        'oid', part[3], 'file', part[6], 'holds', part[10]),
-                    'event_producers', jsonb_build_object(
-                        'oid', part[4], 'file', part[7], 'holds', part[11]),
-                    'event_logs', jsonb_build_object(
-                        'oid', part[5], 'file', part[8], 'holds', part[12])
-                )::text
-                FROM string_to_array(substring(comment FROM '[[]events ([0-9a-f]{32} [^]]*)[]]'),
-                                     ' ') AS part
-                WHERE part IS NOT NULL
-            )) AS stamp
-            FROM commented
         ), named AS (
             SELECT *, coalesce(stamp, max(stamp) OVER ())::jsonb AS known FROM stamped
         ), compared AS (
-            SELECT *, known -> name ->> 'file' <> file AS has_new_file, coalesce(
-                known ->> 'database' = database AND known -> name ->> 'oid' = oid, false
+            SELECT *, known -> 'files' ->> name <> file AS has_new_file, coalesce(
+                known ->> 'database' = database AND known -> 'oids' ->> name = oid, false
             ) AS is_in_place
             FROM named
         )
@@ -468,20 +468,17 @@ BEGIN
             count(DISTINCT (is_in_place, CASE WHEN is_in_place THEN known ELSE stamp::jsonb END))
                 = 1,
             bool_and(is_in_place) FILTER (WHERE name <> 'users_revenue'),
-            bool_and(is_in_place),
             -- One transaction gave a new file to all three.
             bool_and(is_in_place AND has_new_file) AND count(DISTINCT written_by) = 1,
             min(name) FILTER (
-                WHERE has_new_file AND new_stamp::jsonb -> name ->> 'holds' = 'false'),
+                WHERE has_new_file AND new_stamp::jsonb -> 'holds' ->> name = 'false'),
             max(stamp)::jsonb
-        INTO have_one_origin, record_is_in_place, all_are_in_place, were_truncated_at_once,
-            rewritten_and_empty, old_stamp
+        INTO have_one_origin, record_is_in_place, were_truncated_at_once, rewritten_and_empty,
+            old_stamp
         FROM compared;
-        users_then := old_stamp -> 'users_revenue' ->> 'holds';
-        ids_then := old_stamp -> 'event_producers' ->> 'holds';
-        positions_then := old_stamp -> 'event_logs' ->> 'holds';
-        SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
-        FROM pg_class WHERE oid = ANY (tables);
+        users_then := old_stamp -> 'holds' ->> 'users_revenue';
+        ids_then := old_stamp -> 'holds' ->> 'event_producers';
+        positions_then := old_stamp -> 'holds' ->> 'event_logs';
 
         -- Each event fills users_revenue and event_logs, and one with an id event_producers, too: a
         -- table that is empty beside filled ones has lost what it held. Without a stamp, what
@@ -545,25 +542,10 @@ BEGIN
                 'all of them. To begin at zero: %', fault, recount, begin_at_zero;
         END IF;
 
-        -- COMMENT takes a lock that CREATE INDEX CONCURRENTLY holds, too, while it waits for this
-        -- transaction to end. So where no loss could be overlooked, the stamp is left to a later
-        -- run.
-        IF may_stamp AND all_are_in_place AND users_then = users_now AND ids_then = ids_now
-                AND positions_then = positions_now THEN
-            BEGIN
-                LOCK TABLE users_revenue, event_producers, event_logs
-                    IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
-            EXCEPTION
-                WHEN lock_not_available THEN may_stamp := false;
-                -- An owner without the right to UPDATE may COMMENT, but not LOCK.
-                WHEN insufficient_privilege THEN NULL;
-            END;
-        END IF;
-        IF may_stamp THEN
-            FOREACH listed IN ARRAY tables LOOP  -- in this order, because COMMENT locks the table
+        IF is_locked THEN
+            FOREACH listed IN ARRAY tables LOOP
                 old_comment := coalesce(obj_description(listed, 'pg_class'), '');
-                old_comment := regexp_replace(
-                    old_comment, ' ?[[](event tables [{]|events [0-9a-f]{32} )[^]]*[]]', '', 'g');
+                old_comment := regexp_replace(old_comment, ' ?' || stamp_pattern, '', 'g');
                 EXECUTE format('COMMENT ON TABLE %s IS %L', listed,
                                ltrim(format('%s [event tables %s]', old_comment, new_stamp)));
             END LOOP;

@@ -3,10 +3,19 @@
 import json
 import os
 import subprocess
+import unittest.mock
 
+import data_processor
 from tests.tools import HERE, SystemTest, wait_until
-from tests.tools_database import database_url, query, setUpModule  # noqa: F401
+from tests.tools_database import (  # noqa: F401
+    database_url,
+    empty_tables,
+    query,
+    setUpModule,
+    waiting,
+)
 from tests.tools_events import with_id
+from tests.tools_parts import captured
 
 ALL_TABLES = "users_revenue, event_producers, event_logs"
 
@@ -163,18 +172,6 @@ class Belonging(SystemTest):
         self.assertIn("users_revenue was emptied", follower.stderr.readline())
         self.assertRevenue({})
 
-    def test_a_backup_in_another_cluster_whose_oids_are_alike_in_part_is_complete(self):
-        # What a fresh cluster gives: some tables get the oids that they had, and others do not.
-        ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
-        stamp = json.loads(comment.partition("[event tables ")[2][:-1])
-        stamp["database"] = "another.cluster"
-        stamp["event_logs"]["oid"] = "1"
-        for table in ALL_TABLES.split(", "):
-            query(f"COMMENT ON TABLE {table} IS '[event tables {json.dumps(stamp)}]'")
-        self.append_more()
-        self.processor(self.log)
-        self.assertRevenue({"user1": 301})
-
     def test_a_comment_that_was_replaced_is_stamped_again(self):
         query("COMMENT ON TABLE users_revenue IS 'docs'")
         self.append_more()
@@ -250,61 +247,40 @@ class Belonging(SystemTest):
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
         self.assertRegex(comment, r"^ours \[event tables \{[^]]*\}\]$")
 
-    def stamp_as_before(self, database=None):
-        """Stamp the tables as the version before did, as if in another database if one is named."""
-        names = ALL_TABLES.split(", ")
-        stamps = query(
-            """
-            SELECT concat_ws(' ', '[events', md5('any'), coalesce(%s, system_identifier || '.' || (
-                    SELECT oid FROM pg_database WHERE datname = current_database())),
-                string_agg(oid::text, ' ' ORDER BY number),
-                string_agg(relfilenode::text, ' ' ORDER BY number), md5('shape'), 't t t]')
-            FROM pg_control_system(), pg_class
-            JOIN unnest(%s) WITH ORDINALITY AS listed (name, number)
-            ON oid = to_regclass(name) GROUP BY system_identifier""",
-            [database, names],
-        )
-        for name in names:
-            query(f"COMMENT ON TABLE {name} IS 'ours {stamps[0][0]}'")
-
-    def test_a_stamp_of_the_version_before_is_understood(self):
-        self.stamp_as_before()
-        self.append_more()
-        self.processor(self.log)
-        self.assertRevenue({"user1": 301})
+    def stamp_elsewhere(self):
+        """Stamp the tables as if they came from another cluster, where only event_logs had another
+        oid: what a fresh cluster gives. (Some tables get the oids that they had.)"""
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
-        self.assertRegex(comment, r"^ours \[event tables \{[^]]*\}\]$")
+        stamp = json.loads(comment.partition("[event tables ")[2][:-1])
+        stamp["database"] = "another.cluster"
+        stamp["oids"]["event_logs"] = "1"
+        for table in ALL_TABLES.split(", "):
+            query(f"COMMENT ON TABLE {table} IS '[event tables {json.dumps(stamp)}]'")
 
-    def test_a_loss_since_the_version_before_is_noticed(self):
-        losses = {
-            "TRUNCATE users_revenue": "users_revenue was emptied",
-            "DELETE FROM event_producers": "event_producers was emptied",
-            "CREATE TABLE copy (LIKE event_logs INCLUDING ALL); DROP TABLE event_logs;"
-            "ALTER TABLE copy RENAME TO event_logs": "came back without the others",
-            "DROP TABLE users_revenue": "missing: users_revenue",
-        }
-        for loss, words in losses.items():
-            with self.subTest(loss):
-                self.setUp()
-                self.stamp_as_before()
-                query(loss)
-                self.count_again(self.refused(words))
-
-    def test_tables_that_the_version_before_stamped_elsewhere_are_complete(self):
-        self.stamp_as_before(database="another.cluster")
+    def test_a_backup_in_another_cluster_whose_oids_are_alike_in_part_is_complete(self):
+        self.stamp_elsewhere()
         self.append_more()
         self.processor(self.log)
         self.assertRevenue({"user1": 301})
 
     def test_a_table_without_a_stamp_among_those_of_another_cluster_is_refused(self):
-        self.stamp_as_before(database="another.cluster")
+        self.stamp_elsewhere()
         query("COMMENT ON TABLE event_producers IS NULL")
         self.count_again(self.refused("came back without the others"))
 
     def test_ids_that_were_not_restored_elsewhere_are_noticed(self):
-        self.stamp_as_before(database="another.cluster")
+        self.stamp_elsewhere()
         query("TRUNCATE event_producers, event_logs")
         self.count_again(self.refused("was emptied"))
+
+    def test_tables_without_stamps_are_taken_as_they_are(self):
+        for table in ALL_TABLES.split(", "):
+            query(f"COMMENT ON TABLE {table} IS 'ours'")
+        self.append_more()
+        self.processor(self.log)
+        self.assertRevenue({"user1": 301})
+        ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
+        self.assertRegex(comment, r"^ours \[event tables \{[^]]*\}\]$")
 
     def test_a_table_that_was_rewritten_and_lost_its_stamp_is_the_same(self):
         query("COMMENT ON TABLE users_revenue IS NULL")
@@ -342,3 +318,30 @@ class Belonging(SystemTest):
         self.assertRevenue({"user1": 301})
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
         self.assertRegex(comment, r"^Revenue \[events 2026 to 2027\] \[event tables ")
+
+    def test_a_processor_that_connects_does_not_replace_a_stamp_that_says_more(self):
+        empty_tables()
+        nothing = self.path("nothing", "")
+        run_create_table = data_processor.run_create_table
+        calls = []  # when this processor connects, before it counts, and afterwards
+        others = []
+
+        def connect_another_one(sql):
+            """Let another processor connect when this one has counted and stamped."""
+            run_create_table(sql)
+            calls.append(sql)
+            if len(calls) == 1:  # without stamps, the other one will want to stamp, too
+                for table in ALL_TABLES.split(", "):
+                    sql.execute(f"COMMENT ON TABLE {table} IS NULL")
+            if len(calls) == 3:
+                others.append(self.start("data_processor.py", nothing))
+                wait_until(waiting, "the other waits")
+
+        with (
+            captured(),
+            unittest.mock.patch.object(data_processor, "run_create_table", connect_another_one),
+        ):
+            data_processor.run([str(self.log)])
+        self.assertEqual(others[0].wait(20), 0, others[0].stderr.read())
+        query("DELETE FROM event_producers")
+        self.refused("event_producers was emptied")
