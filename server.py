@@ -140,11 +140,10 @@ LOOK_SECONDS = 0.1
 # A worker without room waits so long for a connection to end, or for another worker to take the
 # one that waits.
 PAUSE_SECONDS = 0.001
-# A connection that sent something so recently is not closed to make room: more may be on its way.
-QUIET_SECONDS = 0.2
-# After somebody has waited so long for room, such a connection is closed nevertheless: peers that
-# send a byte now and then would else keep everyone out.
-ROOM_SECONDS = 1
+# A connection from which something has come so recently is closed to make room only when somebody
+# has waited so long for it: more may be on its way, but peers that send a byte now and then must
+# not keep everyone out. A worker ends if it has no room for so long, and no connection either.
+ROOM_SECONDS = 0.5
 
 # Connections of a worker; further ones wait in the backlog until one is closed to make room.
 MAX_CONNECTIONS = 1000
@@ -1570,7 +1569,6 @@ class Worker:
         until a sync of the log fails; then finish what was received. Return the exit status, or
         raise OSError or RuntimeError if there is no descriptor or thread for a connection."""
         threading.Thread(target=self.look_after, daemon=True).start()
-        threading.Thread(target=time.monotonic).start()  # at least one more must be possible
         with self._selector:
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._selector.register(lifeline, selectors.EVENT_READ)
@@ -1598,36 +1596,41 @@ class Worker:
     def accept(self):
         """Serve a connection from the backlog, in a thread of its own, and return True. Return
         False if there is none, or no room for it now: try again later. Raise the reason if this
-        worker has no room and no connection either."""
-        if len(self.connections) >= self._most_connections:
-            self.make_room()
-            return False
+        worker has no connection, and yet has had no room for ROOM_SECONDS: another worker, or a
+        new one in place of this one, may have some."""
+        was_empty = not self.connections
         try:
-            if self._accepted is None:  # else one is left for which there was no thread
-                self._accepted = self._listener.accept()
-        except BlockingIOError:  # another worker was faster
-            return False
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                self.make_room()
-                if self.is_useless():
-                    raise
-            return False
-        wire, _ = self._accepted
-        wire.setblocking(True)  # on macOS it inherits the listener's non-blocking mode
-        try:
-            self.connections[wire] = Connection(wire)
-            target = self.serve_connection
-            threading.Thread(target=target, args=self._accepted, daemon=True).start()
-        except (RuntimeError, MemoryError):  # there are too many threads, or no memory for one
-            self.connections.pop(wire, None)
+            self.begin_connection()
+        except (OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_ROOM:
+                return False  # another worker was faster, or the peer is gone
+            if self.stopping:
+                return False  # stop() ends all connections; the selector is closed already
             self.make_room()
-            if self.is_useless():
+            waited = time.monotonic() - self._crowded_since
+            if was_empty and waited >= ROOM_SECONDS:
                 raise
             return False
-        self._accepted = None
         self._crowded_since = math.inf  # who comes next has not waited for this worker yet
         return True
+
+    def begin_connection(self):
+        """Accept a connection, and start its thread. Or raise the reason why there is none or no
+        room for it: OSError, RuntimeError for too many threads, or MemoryError."""
+        if len(self.connections) >= self._most_connections:
+            raise OSError(errno.EMFILE, "too many connections are open")
+        if self._accepted is None:  # else one is left for which there was no thread
+            self._accepted = self._listener.accept()
+        wire, _ = self._accepted
+        wire.setblocking(True)  # on macOS it inherits the listener's non-blocking mode
+        self.connections[wire] = Connection(wire)
+        try:
+            target = self.serve_connection
+            threading.Thread(target=target, args=self._accepted, daemon=True).start()
+        except BaseException:
+            del self.connections[wire]
+            raise
+        self._accepted = None
 
     def serve_connection(self, wire, address):
         """Serve a connection to its end."""
@@ -1644,35 +1647,23 @@ class Worker:
         """Make room for a connection that waits, if it still does after a pause: have the one
         leave from which nothing has come for the longest time."""
         time.sleep(PAUSE_SECONDS)  # one may end, or another worker may take the one that waits
-        if self.stopping:
-            return  # stop() closes them all; the selector is closed already
-        is_awaited = self._accepted is not None or self._listener in self.wait(0)
-        if not is_awaited:
+        if self._accepted is None and self._listener not in self.wait(0):
             return
         now = time.monotonic()
         self._crowded_since = min(self._crowded_since, now)
-        last = now - QUIET_SECONDS
-        if now - self._crowded_since >= ROOM_SECONDS:
-            last = now  # now it may also be one whose next bytes are on their way
         # Others have a whole request, on which the server works.
         idle = [
             connection
             for connection in list(self.connections.values())
             if connection.deadline != math.inf
         ]
-        if any(connection.is_leaving for connection in idle):
+        if not idle or any(connection.is_leaving for connection in idle):
             return  # one is enough for now
-        quiet = [connection for connection in idle if connection.received <= last]
-        if quiet:
-            longest = min(quiet, key=operator.attrgetter("received"))
+        longest = min(idle, key=operator.attrgetter("received"))
+        silent = now - longest.received
+        waited = now - self._crowded_since
+        if max(silent, waited) >= ROOM_SECONDS:
             longest.leave()
-
-    def is_useless(self):
-        """Tell whether somebody has waited for room for ROOM_SECONDS, though no connection takes
-        it away: another worker, or a new one in place of this one, may have some."""
-        if self.stopping or self.connections:
-            return False
-        return time.monotonic() - self._crowded_since >= ROOM_SECONDS
 
     def stop(self):
         """Refuse new connections and finish what was received, for at most STOP_SECONDS."""

@@ -353,7 +353,7 @@ class Room(RequestTest):
             "of the log": (post(body=EVENT), None),
             "of the database": (request("GET", "/userEvents/user1"), "1.5"),
         }
-        settings = {"MAX_CONNECTIONS": 1, "ROOM_SECONDS": 0.1, "QUIET_SECONDS": 0.1}
+        settings = {"MAX_CONNECTIONS": 1, "ROOM_SECONDS": 0.1}
         for case, (sent, outcome) in cases.items():
             with self.subTest(case), serving(log, **settings) as worker:
                 worker.revenues = revenues

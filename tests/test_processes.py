@@ -223,7 +223,7 @@ import threading
 start, started = threading.Thread.start, []
 def start_or_fail(self):
     started.append(self)
-    if 2 < len(started) < 8:
+    if 1 < len(started) < 7:
         raise RuntimeError("can't start new thread")
     start(self)
 threading.Thread.start = start_or_fail
@@ -308,7 +308,7 @@ import threading
 start, started = threading.Thread.start, []
 def start_or_fail(self):
     started.append(self)
-    if len(started) > 2:
+    if len(started) > 1:
         raise RuntimeError("can't start new thread")
     start(self)
 threading.Thread.start = start_or_fail
