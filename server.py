@@ -7,7 +7,6 @@ survives kill -9 and a power cut.
 # (LogWriter); the database (Revenues); requests as they are read; their answers (Handler, one for
 # each connection); processes (Worker, Supervisor); the command line.
 import argparse
-import collections
 import contextlib
 import email.utils
 import errno
@@ -118,8 +117,9 @@ PEER_IDLE_SECONDS = 75
 # longer. They may have spent that time behind a slow sync of the round before. They then wait for
 # the lock for at least so long, because another worker may hold it for a moment.
 LEAST_LOCK_SECONDS = 1
-# A question to the database is answered within that time, if only with 503.
-DATABASE_SECONDS = 2
+# A round of questions to the database takes at most that time. So each question is answered within
+# twice that time, if only with 503: it may come when a round has just begun, and shares the next.
+QUERY_SECONDS = 1
 # The attempt to connect to an address of the database is given up after that time; questions do
 # not wait so long for it.
 CONNECT_SECONDS = 10
@@ -589,13 +589,6 @@ def write_all(fd, data):
 # ---- The database -------------------------------------------------------------------------------
 
 
-class Question(NamedTuple):
-    """A question for a user's revenue."""
-
-    user: str
-    deadline: float  # when it must have its answer, in seconds of time.monotonic
-
-
 class NoAnswer(Exception):
     """The database did not say in time whether a user has revenue."""
 
@@ -603,13 +596,13 @@ class NoAnswer(Exception):
 class Revenues:
     """Users' revenue in the database. Questions come in rounds, one query each, on one connection.
 
-    Only the thread that works for a round touches _connection, _opening and _unanswered.
+    Only the thread that works for a round touches _connection and _opening.
     """
 
     # One round trip and one transaction, with which the setting ends: a pooler may share the
     # connection. The limit frees the database of queries that nobody waits for any more.
     QUERY = f"""
-        SET LOCAL statement_timeout = {DATABASE_SECONDS * 1000};
+        SET LOCAL statement_timeout = {1000 * QUERY_SECONDS};
         SELECT user_id, trim_scale(revenue)::text FROM users_revenue WHERE user_id = ANY (%s)"""
 
     def __init__(self):
@@ -617,15 +610,11 @@ class Revenues:
         self._troubles = Troubles()
         self._connection = None
         self._opening = None  # the Connecting for which a round waits, or waited in vain
-        # Members of this round that have no answer yet, in the order in which they came: so the
-        # first one's deadline is the next one. Who is told its outcome is removed.
-        self._unanswered = collections.deque()
 
     def find_revenue(self, user, answer):
         """Call answer(revenue), exact decimal text or None for a user without any, or
-        answer(NoAnswer), within DATABASE_SECONDS."""
-        question = Question(user, time.monotonic() + DATABASE_SECONDS)
-        reason = self._rounds.join(question, answer)
+        answer(NoAnswer), within twice QUERY_SECONDS."""
+        reason = self._rounds.join(user, answer)
         if reason is None:
             return  # another thread asks, and prints what is to be said
         if reason:
@@ -635,50 +624,45 @@ class Revenues:
 
     def _answer_round(self, members):
         """Answer the members of a round; return why the database did not, or ""."""
-        self._unanswered.extend(members)
-        try:
-            revenues = self._query()
-        except Exception as error:  # whatever it is: everyone gets an answer
-            self._disconnect()
-            while self._unanswered:
-                self._tell_next(NoAnswer())
-            return sentence(error)
+        users = list({member.item for member in members})
+        deadline = time.monotonic() + QUERY_SECONDS
         reason = ""
-        if len(self._unanswered) < len(members):  # some were refused while the database worked
-            reason = str(too_late())
-        while self._unanswered:
-            user = self._unanswered[0].item.user
-            self._tell_next(revenues.get(user))
+        try:
+            revenues = self._query(users, deadline)
+        except TimeoutError:
+            reason = f"it did not answer within {QUERY_SECONDS} s"
+        except Exception as error:  # whatever it is: everyone gets an answer
+            reason = sentence(error)
+        if reason:
+            self._disconnect()
+        for member in members:
+            outcome = NoAnswer()
+            if not reason:
+                outcome = revenues.get(member.item)
+            self._rounds.tell(member, outcome)
         return reason
 
-    def _tell_next(self, outcome):
-        """Give the first member without an answer its outcome."""
-        member = self._unanswered.popleft()
-        self._rounds.tell(member, outcome)
-
-    def _query(self):
-        """Return {user: revenue} of the users for whom somebody waits, or raise the reason why
-        that is not possible. A connection that was lost is replaced, once."""
+    def _query(self, users, deadline):
+        """Return {user: revenue} of those users who have any, or raise the reason why that is not
+        possible; TimeoutError at the deadline. A connection that failed is replaced, once."""
         replaced = False
         while True:
             if self._connection is None:
-                self._connection = self._open()
+                self._connection = self._open(deadline)
             try:
-                return self._select()
-            except psycopg2.errors.QueryCanceled:  # an OperationalError, but nothing was lost
-                raise
+                return self._select(users, deadline)
             except (psycopg2.OperationalError, psycopg2.InterfaceError):
                 if replaced:
                     raise
             self._disconnect()  # the database was restarted, perhaps
             replaced = True
 
-    def _select(self):
+    def _select(self, users, deadline):
         """Run the query on the connection, with the result and the exceptions of _query."""
-        users = list({member.item.user for member in self._unanswered})
-        # psycopg2 calls it instead of waiting in libpq, which knows no deadline. It does so for
-        # every connection of the process.
-        psycopg2.extensions.set_wait_callback(self._wait_for_database)
+        # psycopg2 calls wait_for instead of waiting in libpq, which knows no deadline. It does so
+        # for every connection of the process.
+        wait = functools.partial(wait_for, deadline=deadline)
+        psycopg2.extensions.set_wait_callback(wait)
         try:
             with self._connection.cursor() as sql:
                 sql.execute(self.QUERY, [users])
@@ -688,50 +672,28 @@ class Revenues:
         finally:
             psycopg2.extensions.set_wait_callback(None)
 
-    def _wait_for_database(self, connection):
-        """Return when the statement on the connection is done; refuse who cannot wait so long."""
-        self._wait_or_refuse(functools.partial(wait_for, connection))
-
-    def _open(self):
+    def _open(self, deadline):
         """Return a new connection, or one that came too late for an earlier round; or raise the
-        reason why there is none."""
+        reason why there is none, TimeoutError at the deadline."""
         opening = self._opening
         if opening is None or opening.has_failed():  # it failed when no round waited any more
-            # tcp_user_timeout: after half the time that a round has, libpq gives up an address that
-            # is dead, and goes on to the next one.
+            # tcp_user_timeout: so soon, libpq gives up an address that is dead, and tries the next
+            # one, whose connection a later round finds.
             opening = Connecting(
-                connect_timeout=CONNECT_SECONDS, tcp_user_timeout=DATABASE_SECONDS * 1000 // 2
+                connect_timeout=CONNECT_SECONDS, tcp_user_timeout=int(1000 * QUERY_SECONDS)
             )
             self._opening = opening
-        self._wait_or_refuse(opening.wait)
+        opening.wait(deadline)
         self._opening = None
         connection = opening.result()
         connection.autocommit = True  # a round is one query, and its transaction ends with it
         return connection
-
-    def _wait_or_refuse(self, wait):
-        """Call wait(deadline) with the next deadline, again and again until it returns in time.
-        Meanwhile refuse the members whose deadline passes. Raise Failure when none is left."""
-        while self._unanswered:
-            try:
-                wait(self._unanswered[0].item.deadline)
-                return
-            except TimeoutError:
-                now = time.monotonic()
-                while self._unanswered and self._unanswered[0].item.deadline <= now:
-                    self._tell_next(NoAnswer())
-        raise too_late()
 
     def _disconnect(self):
         """Close the connection, if there is one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def too_late():
-    """Return the exception for a database that took too long."""
-    return Failure(f"no answer within {DATABASE_SECONDS} seconds")
 
 
 # ---- Requests, as they are read -----------------------------------------------------------------

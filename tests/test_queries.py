@@ -31,7 +31,7 @@ from tests.tools_http import read_answer, request, serving
 from tests.tools_parts import warnings_of
 
 USER1 = "/userEvents/user1"
-IMPATIENT = "server.DATABASE_SECONDS = 1"
+IMPATIENT = "server.QUERY_SECONDS = 0.5"
 
 
 def find_revenues(database, users):
@@ -187,12 +187,12 @@ data_processor.connect = connect
             return real(**parameters)
 
         database = self.database()
-        soon = unittest.mock.patch.object(server_module, "DATABASE_SECONDS", 0.2)
+        soon = unittest.mock.patch.object(server_module, "QUERY_SECONDS", 0.2)
         with unittest.mock.patch.object(data_processor, "connect", connect):
             with soon, warnings_of(data_processor) as said:
                 (answer,) = find_revenues(database, ["user1"])
             self.assertIsInstance(answer, server_module.NoAnswer)
-            self.assertEqual(said, ["The database: no answer within 0.2 seconds."])
+            self.assertEqual(said, ["The database: it did not answer within 0.2 s."])
             over.set()
             wait_until(database._opening.has_failed, "the first attempt has failed")
             self.assertEqual(find_revenues(database, ["user1"]), [None])
@@ -213,23 +213,28 @@ data_processor.connect = connect
                 self.assertEqual(find_revenues(self.database(), ["user1"]), [None])
         self.assertEqual(made, [(False, None)] * 2)
 
-    def test_whoever_has_waited_for_too_long_is_answered_before_the_others(self):
+    def test_whoever_comes_when_a_round_has_begun_has_an_answer_in_time(self):
         database = self.database()
         find_revenues(database, ["user1"])  # connects
-        now = time.monotonic()
-        answers = []
-        early = server_module.Question("user1", now + 0.5)
-        late = server_module.Question("user2", now + 60)
-        members = [server_module.Member(early, answers.append)]
-        members.append(server_module.Member(late, answers.append))
-        working = threading.Thread(target=database._answer_round, args=[members])
+        took = []
+
+        def ask(user):
+            begun = time.monotonic()
+            answers = find_revenues(database, [user])
+            took.append((type(*answers), time.monotonic() - begun))
+
+        threads = [threading.Thread(target=ask, args=[user]) for user in ("user1", "user2")]
         with locked_users():
-            working.start()
-            wait_until(lambda: answers, "the first one has its answer")
-            self.assertIsInstance(answers[0], server_module.NoAnswer)
-            self.assertEqual((len(answers), working.is_alive()), (1, True))
-        working.join(20)
-        self.assertEqual(answers[1:], [None])
+            threads[0].start()
+            wait_until(waiting, "the first one asks")
+            threads[1].start()
+            for thread in threads:
+                thread.join(20)
+        bound = server_module.QUERY_SECONDS
+        for (answer, seconds), expected in zip(took, (bound, 2 * bound), strict=True):
+            self.assertIs(answer, server_module.NoAnswer)
+            self.assertLess(seconds, expected + 1)
+            self.assertGreater(seconds, expected - 0.5)
 
     def test_the_reason_why_the_database_does_not_answer_is_said_once(self):
         server = Server(self, "--workers", "1", patch=IMPATIENT)
@@ -239,7 +244,7 @@ data_processor.connect = connect
         wait_until(lambda: len(server.said()) == 2, "both are said")
         began, ended = server.said()
         self.assertRegex(
-            began, "The database: (no answer within 1 seconds|canceling statement due to .*)"
+            began, "The database: (it did not answer within 0.5 s|canceling statement due to .*)"
         )
         self.assertEqual(ended, "The database: it answers again.")
 
@@ -315,7 +320,7 @@ data_processor.connect = connect
         answers = []
         answer = Answer()
         kept = weakref.ref(answer)
-        soon = unittest.mock.patch.object(server_module, "DATABASE_SECONDS", 1)
+        soon = unittest.mock.patch.object(server_module, "QUERY_SECONDS", 0.5)
         with locked_users(), contextlib.redirect_stderr(None), soon:
             database.find_revenue("user1", answer)
         self.assertIsInstance(answers.pop(), server_module.NoAnswer)
