@@ -113,9 +113,9 @@ REQUEST_SECONDS = 30
 # A peer may take so long to read an answer and to begin the next request. Load balancers reuse a
 # connection for 60 seconds.
 PEER_IDLE_SECONDS = 75
-# When LOCK_SECONDS have passed since a request was whole, its lines wait for the log's lock no
-# longer. They may have spent that time behind a slow sync of the round before. They then wait for
-# the lock for at least so long, because another worker may hold it for a moment.
+# Lines wait for the log's lock until LOCK_SECONDS after their request was whole, but at least so
+# long: that time may have gone into a slow sync of the round before, and another worker may hold
+# the lock for a moment.
 LEAST_LOCK_SECONDS = 1
 # A round of questions to the database takes at most that time. So each question is answered within
 # twice that time, if only with 503: it may come when a round has just begun, and shares the next.
@@ -199,7 +199,8 @@ class Rounds:
     """
 
     def __init__(self, work, limit=math.inf):
-        """Prepare rounds of work(members), which gives each of them an outcome with tell().
+        """Prepare rounds of work(members), which gives each of them an outcome with tell(), and
+        raises nothing: who has no outcome waits for ever.
 
         Once the sizes of a round's members reach limit, further ones wait until it has begun.
         """
@@ -359,7 +360,7 @@ class Pending(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What is to be printed of a round, when nobody waits for the thread that prints it."""
+    """What is to be printed of a round, after all its members were answered."""
 
     error: object  # the exception that kept the lines from being durable, or None
     remarks: list  # what was mended in the log
@@ -1148,7 +1149,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def await_request(self):
         """Wait until the previous request is answered and the next one begins. Return True if it
-        does, and False if the connection is to be closed."""
+        does, and False if the connection is to be closed. In both cases this thread then has the
+        right to answer."""
         begins = False
         # The next request is waited for first: in the other order, this thread would be woken
         # twice a request. If the previous request already ends the connection, none will come.
@@ -1397,12 +1399,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         try:
             unsent = self.send_at_once(self.render(status, body, headers or {}))
-            if unsent and self.send_in_thread(unsent):
+            if unsent:
+                self.send_in_thread(unsent)
                 return  # that thread ends the answering
-            is_whole = not unsent
-        except (OSError, MemoryError):  # the peer is gone, or there is no memory for its answer
-            is_whole = False
-        if not is_whole:
+        except (OSError, RuntimeError, MemoryError):  # the peer is gone, or there is no room
             self.state.shut(socket.SHUT_RDWR)
         self.state.end_answering()
 
@@ -1431,18 +1431,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data[sent:]
 
     def send_in_thread(self, unsent):
-        """Go on sending in a thread of its own, and return True; or return False if there is no
-        room for that."""
+        """Go on sending in a thread of its own. Or raise the reason if there is no room for that:
+        OSError, RuntimeError for too many threads, or MemoryError."""
         if not self.server.unread_answers.take(len(unsent)):
-            return False
-        # First is_slow is set, then is_leaving is read; leave() does it the other way round.
-        self.state.is_slow = True
-        if not self.state.is_leaving:
-            with contextlib.suppress(RuntimeError, MemoryError):  # too many threads
-                threading.Thread(target=self.send_rest, args=[unsent], daemon=True).start()
-                return True
-        self.server.unread_answers.give_back(len(unsent))
-        return False
+            raise OSError(errno.ENOBUFS, "too many answers are unread")
+        try:
+            # First is_slow is set, then is_leaving is read; leave() does it the other way round.
+            self.state.is_slow = True
+            if self.state.is_leaving:
+                raise OSError("the connection is to make room")
+            threading.Thread(target=self.send_rest, args=[unsent], daemon=True).start()
+        except BaseException:
+            self.server.unread_answers.give_back(len(unsent))
+            raise
 
     def send_rest(self, unsent):
         """Send the rest of the answer that is owed, until the connection is cut off."""
@@ -1815,7 +1816,8 @@ class Supervisor:
     def _start_worker(self):
         """Start a process that exits with what the worker's run() returns, or raise OSError."""
         # A terminal or systemd tells every process to stop, but the parent decides. From its first
-        # moment on, a worker must not run the parent's handlers, which would kill the others.
+        # moment on, a worker must not run the parent's handlers, which would kill the others: both
+        # signals stay blocked in it.
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
             process = os.fork()
