@@ -399,15 +399,21 @@ def depth(text):
     return deepest
 
 
-def amount_of(event):
-    """Return what the decoded event adds to its user's revenue, an exact Decimal, or raise
-    ValueError with the rule that it breaks."""
-    user = event.get("userId")
-    check(
+def is_user_id(user):
+    """Tell whether an event may have user (anything that JSON can say) as its userId."""
+    return (
         type(user) is str
         and 1 <= len(user) <= 255
         and "\0" not in user
-        and not SURROGATE.search(user),
+        and not SURROGATE.search(user)
+    )
+
+
+def amount_of(event):
+    """Return what the decoded event adds to its user's revenue, an exact Decimal, or raise
+    ValueError with the rule that it breaks."""
+    check(
+        is_user_id(event.get("userId")),
         "userId must be a string of 1 to 255 characters, without NUL or a lone surrogate",
     )
     value = event.get("value")

@@ -51,6 +51,7 @@ from data_processor import (
     decode_event,
     decode_log_line,
     end_of_events,
+    is_user_id,
     is_utf8,
     leads_to,
     lock_log,
@@ -699,9 +700,6 @@ class Revenues:
 
 # ---- Requests, as they are read -----------------------------------------------------------------
 
-# A longer user id, an empty one, or one with a NUL is no event's: the database is not asked for it.
-MAX_USER_CHARACTERS = 255
-
 # The rules of RFC 9110 and 9112. A field is a line of the headers or of the trailers.
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
@@ -980,11 +978,6 @@ def read_event_id(headers):
         words = f"both Producer-Id and Sequence are needed, or neither: {error}"
         raise Refusal(400, words) from None
     return EventId(producer, sequence)
-
-
-def may_have_revenue(user):
-    """Tell whether an event may have that user id."""
-    return 1 <= len(user) <= MAX_USER_CHARACTERS and "\0" not in user
 
 
 def read_user(path):
@@ -1278,7 +1271,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, b'{"status": "ok"}')
             return
         user = read_user(resource)
-        if not may_have_revenue(user):
+        if not is_user_id(user):  # the database is not asked for what no event has
             self.answer_revenue(user, None)
             return
         self.state.deadline = math.inf  # from now on the delay is the server's
