@@ -102,8 +102,7 @@ MAX_BACKOFF_SECONDS = 5.0
 STEP_SECONDS = 1.0
 # Seconds between two displays of the progress.
 PROGRESS_SECONDS = 0.5
-# Seconds that a line on stderr waits for a reader that is only slow. After one that was dropped,
-# nothing waits until something can be written again.
+# Seconds that a line on stderr waits for a reader that is only slow.
 READER_SECONDS = 0.1
 
 JSON = "application/json"
@@ -136,36 +135,26 @@ class Failure(Exception):
 # ---- What is printed ----------------------------------------------------------------------
 
 # client.py must run without the other scripts. So these are copies of functions of
-# data_processor.py, under the same names and with the same contracts: printable, is_terminal,
-# write_without_waiting, open_regular and leads_to. (write_all is one of server.py's.) Whoever changes one changes both.
+# data_processor.py, under the same names and with the same contracts: write,
+# write_without_waiting, printable, is_terminal, write_line, show_progress, open_regular and
+# leads_to. (write_all is one of server.py's.) Whoever changes one changes both.
 
 
-def printable(words):
-    """Return words with a backslash escape for what a terminal could obey or not show."""
-    escaped = []
-    for character in words:
-        if not character.isprintable():
-            character = character.encode("unicode_escape").decode()
-        escaped.append(character)
-    return "".join(escaped)
+def write(stream, text, patience=0.0):
+    """Write text to sys.stdout or sys.stderr, or drop what the stream does not take at once.
 
-
-def hide_password(words):
-    """Return words without what stands between "://" and "@" in a URL that was typed."""
-    shown = []
-    for word in words.split(" "):
-        scheme, separator, rest = word.partition("://")
-        _, at, address = rest.rpartition("@")
-        if at:
-            word = scheme + separator + address
-        shown.append(word)
-    return " ".join(shown)
-
-
-def is_terminal(stream):
-    """Tell whether stream is a terminal; a closed one is not."""
+    The stream may be closed, full, broken or stopped, or its encoding may lack a character:
+    nothing is raised, and nothing stays in a buffer. With patience (seconds), a stream that takes
+    nothing is waited for that long. Return False if something was dropped.
+    """
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return stream.isatty()
+        data = text.encode(stream.encoding, "backslashreplace")
+        while data:
+            written = write_without_waiting(stream.fileno(), data, patience)
+            if not written:
+                return False
+            data = data[written:]
+        return True
     return False
 
 
@@ -184,7 +173,7 @@ def write_without_waiting(fd, data, patience):
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         own_fd = os.open(f"/dev/fd/{fd}", flags)
-    except OSError:  # a socket, or somebody else's pipe: when it is ready, it takes so much
+    except OSError:  # a socket, or somebody else's pipe: one that is ready takes so much
         return os.write(fd, data[:512])
     try:
         if os.get_blocking(own_fd):  # macOS gives the same one once more
@@ -196,74 +185,81 @@ def write_without_waiting(fd, data, patience):
         os.close(own_fd)
 
 
-class Printer:
-    """Lines on stdout or stderr that decide nothing and delay nothing.
+def printable(words):
+    """Return words with a backslash escape for what a terminal could obey or not show."""
+    escaped = []
+    for character in words:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        escaped.append(character)
+    return "".join(escaped)
 
-    The stream may be closed, full, broken or stopped, or its encoding may lack a character:
-    nothing is raised. A line that it does not take is dropped. Only the main thread prints.
 
-    name      "stdout" or "stderr"
-    dropped   how many lines were dropped since the last one that was written
-    _torn     whether the last line was written in part
+def is_terminal(stream):
+    """Tell whether stream is a terminal; a closed one is not."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return stream.isatty()
+    return False
+
+
+def write_line(stream, words, patience=0.0):
+    """Write a line; on a terminal it takes the place of the progress."""
+    line = printable(words) + "\n"
+    if is_terminal(stream):
+        line = "\r\033[K" + line
+    return write(stream, line, patience)
+
+
+def show_progress(words):
+    """Show words on stderr, if that is a terminal, in one line that the next output replaces."""
+    if is_terminal(sys.stderr):
+        width = 80
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or width
+        write(sys.stderr, "\r\033[K" + printable(words)[: width - 1])
+
+
+class Stderr:
+    """Lines on stderr. Only the main thread prints.
+
+    dropped  how many lines were dropped since the last one that was written
     """
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self):
         self.dropped = 0
-        self._torn = False
 
     def line(self, words):
-        """Write a line; on a terminal it takes the place of the progress."""
-        beginning = ""
-        if self._torn:
-            beginning = "\n"
-        if is_terminal(self._stream()):
-            beginning += "\r\033[K"
-        patience = READER_SECONDS
+        """Write a line. A reader that is only slow is waited for; after a line that was dropped,
+        nothing waits until something can be written again."""
         if self.dropped:
-            beginning += f"({self.dropped} lines could not be printed here.)\n"
-            patience = 0.0
-        if self._write(beginning + printable(words) + "\n", patience):
+            # The last one may have been written in part.
+            notice = f"\n({self.dropped} lines could not be printed here.)\n"
+            if not write(sys.stderr, notice):
+                self.dropped += 1
+                return
             self.dropped = 0
-        else:
+        if not write_line(sys.stderr, words, READER_SECONDS):
             self.dropped += 1
 
-    def progress(self, words):
-        """Show words, if this is a terminal, in one line that the next output replaces."""
-        stream = self._stream()
-        if is_terminal(stream) and not self.dropped:
-            width = 80
-            with contextlib.suppress(OSError):
-                width = os.get_terminal_size(stream.fileno()).columns or width
-            self._write("\r\033[K" + printable(words)[: width - 1], 0.0)
 
-    def _stream(self):
-        return getattr(sys, self.name)
-
-    def _write(self, text, patience):
-        """Write text and return True, or False if a part of it was dropped."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream = self._stream()
-            data = text.encode(stream.encoding, "backslashreplace")
-            whole = len(data)
-            while data:
-                written = write_without_waiting(stream.fileno(), data, patience)
-                if not written:
-                    self._torn = self._torn or len(data) < whole
-                    return False
-                data = data[written:]
-            self._torn = False
-            return True
-        return False
-
-
-STDOUT = Printer("stdout")
-STDERR = Printer("stderr")
+STDERR = Stderr()
 
 
 def warn(words):
     """Print a line to stderr."""
     STDERR.line(words)
+
+
+def hide_password(words):
+    """Return words without what stands between "://" and "@" in a URL that was typed."""
+    shown = []
+    for word in words.split(" "):
+        scheme, separator, rest = word.partition("://")
+        _, at, address = rest.rpartition("@")
+        if at:
+            word = scheme + separator + address
+        shown.append(word)
+    return " ".join(shown)
 
 
 # ---- Files --------------------------------------------------------------------------------
@@ -1470,8 +1466,7 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file=None):
         """Print the help to stdout."""
-        for line in self.format_help().splitlines():
-            STDOUT.line(line)
+        write(sys.stdout, self.format_help(), READER_SECONDS)
 
     def error(self, message):
         """Say what is wrong with the command line, and exit with status 2."""
@@ -1591,7 +1586,7 @@ def send(state, source, options):
             if time.monotonic() - shown >= PROGRESS_SECONDS:
                 shown = time.monotonic()
                 percent = state.progress.offset / source.content.size
-                STDERR.progress(f"{state.progress.accepted:,} events, {percent:.0%}")
+                show_progress(f"{state.progress.accepted:,} events, {percent:.0%}")
     except (Failure, MemoryError, OSError) as error:
         line = state.progress.lines + 1
         unknown = f"Delivery is unknown from line {line} on."

@@ -132,7 +132,7 @@ class ClientWords(ClientTest):
         self.addCleanup(os.close, terminal_side)
         termios.tcsetwinsize(terminal, (24, 20))
         with open(terminal, "w") as stream, mock.patch.object(sys, "stderr", stream):
-            client_module.STDERR.progress("1234567890" * 10)
+            client_module.show_progress("1234567890" * 10)
             self.assertEqual(os.read(terminal_side, 1000), b"\r\033[K1234567890123456789")
 
     def test_a_name_with_an_at_sign_is_shown_whole(self):
