@@ -98,7 +98,7 @@ LONGEST_WAIT_SECONDS = 86_400.0
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 5.0
 # Seconds without success are counted in steps of this length. After the first step, we say that we
-# wait.
+# wait. We do the same when stdout does not take the receipt.
 STEP_SECONDS = 1.0
 # Seconds between two displays of the progress.
 PROGRESS_SECONDS = 0.5
@@ -508,7 +508,8 @@ class StateFile:
                 yield note, end
 
     def is_complete(self, content):
-        """Tell whether every line of the content is answered, and no rejected line is needed."""
+        """Tell whether every line of the content is answered, and the rejected ones, if there are
+        any, have been handed to the user."""
         if self.progress.rejected:
             path = self.rejected_path
             if path is None or os.path.lexists(unfinished_path(path)):
@@ -728,7 +729,8 @@ class Source:
     def _read(self, length):
         """Return at most length bytes that follow on _offset, or raise Failure if there are none.
 
-        If they reach the end of the file, its last line gets the line end that it may lack.
+        If they reach the end of the file, its last line gets the line end that it may lack, also
+        when nothing else is left.
         """
         left = self.content.size - self._offset
         data = os.pread(self._fd, min(length, left), self._offset)
@@ -827,8 +829,8 @@ class Addresses:
 
     def connect(self, target, timeout):
         """Return a socket connected to target (host, port) and its address, or raise ConnectFailed.
-        Each address has its share of timeout, at least STEP_SECONDS and at most CONNECT_SECONDS.
-        The time-out of the socket is the one for sending."""
+        Each address has its share of timeout, and at most CONNECT_SECONDS. The time-out of the
+        socket is the one for sending."""
         host, port = target
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -836,7 +838,7 @@ class Addresses:
             raise ConnectFailed(f"{host}: {words_of(error)}") from error
         # The one that failed last is tried last: a dead one costs its time only once.
         found.sort(key=lambda entry: self._failures.get(entry[4], 0.0))
-        seconds = min(CONNECT_SECONDS, max(timeout / len(found), STEP_SECONDS))
+        seconds = min(CONNECT_SECONDS, timeout / len(found))
         reasons = []
         for family, kind, protocol, _, address in found:
             try:
@@ -1273,7 +1275,8 @@ class Sender:
         answer = self._post(batch, JSON, EVENT_REFUSALS)
         result = answer.json_object()
         if answer.status in EVENT_REFUSALS:
-            # Anything between us and the server may answer so, too. The event may be counted.
+            # Anything between us and the server may answer so, too. Then we do not know whether the
+            # event was counted.
             if result is None or answer.error() is None:
                 words = f"{self._url} answered with {answer.words()}"
                 raise Failure(f"{words}, which does not say what is wrong with the event.")
@@ -1405,7 +1408,7 @@ def collect_rejected_lines(state, path):
     """Write the rejected lines of a complete delivery to the file that will be renamed to path,
     and note that; return when both are durable, or raise OSError.
 
-    The note parts two times. Before it, a client that goes on writes the file anew. After it, a
+    The note is the turning point. Before it, a client that goes on writes the file anew. After it, a
     client that goes on renames the file, if it is still there under its unfinished name. If it is
     not, it is the user's, who may have mended, sent and removed it: it is never written again.
     """
