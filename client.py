@@ -9,7 +9,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import datetime
 import email.utils
 import errno
 import functools
@@ -100,8 +99,6 @@ MAX_BACKOFF_SECONDS = 5.0
 # Seconds without success are counted in steps of this length. After the first step, we say that we
 # wait. We do the same when stdout does not take the receipt.
 STEP_SECONDS = 1.0
-# Seconds between two displays of the progress.
-PROGRESS_SECONDS = 0.5
 # Seconds that a line on stderr waits for a reader that is only slow.
 READER_SECONDS = 0.1
 
@@ -116,6 +113,16 @@ ADVICE = {
     401: " Set EVENTS_AUTHORIZATION to the value that the server was started with.",
     413: " Lower --batch-size.",
 }
+# What to do when no request succeeds: in general, when the server cannot be reached, and when the
+# proxy cannot be reached.
+RETRY_ADVICE = "When that has ended, run this command again to go on."
+SERVER_ADVICE = (
+    "Start the server, or name another with --url; then run this command again to go on."
+)
+PROXY_ADVICE = (
+    "Correct http_proxy or https_proxy, or name the server in no_proxy; then run this command "
+    "again to go on."
+)
 # What to do about a delivery that cannot go on.
 TWICE = "lines that were already delivered then count twice."
 RESTART_ADVICE = (
@@ -373,10 +380,8 @@ class Note(typing.NamedTuple):
     def encode(self):
         """Return the line, in bytes."""
         texts = [line.decode("latin-1") for line in self.rejected_lines]  # any bytes are a text so
-        fields = {**self.progress._asdict(), "rejectedLines": texts}
-        if self.rejected_name:
-            fields["rejectedLinesIn"] = self.rejected_name
-        return encode_line(fields)
+        fields = {"rejectedLines": texts, "rejectedLinesIn": self.rejected_name}
+        return encode_line(self.progress._asdict() | fields)
 
 
 def decode_note(line):
@@ -784,84 +789,54 @@ class Retry(Exception):
     advice  what the user can do
     """
 
-    advice = "When that has ended, run this command again to go on."
-
-    def __init__(self, words, pause=0.0):
+    def __init__(self, words, pause=0.0, advice=RETRY_ADVICE):
         super().__init__(words)
         self.pause = pause
+        self.advice = advice
 
 
 class TooSlow(Retry):
     """A request was not sent, or not answered, in time: a smaller one may be."""
 
 
-class NoConnection(Retry):
-    """The server cannot be reached."""
-
-    advice = "Start the server, or name another with --url; then run this command again to go on."
-
-
-class NoProxy(Retry):
-    """The proxy cannot be reached."""
-
-    advice = (
-        "Correct http_proxy or https_proxy, or name the server in no_proxy; then run this command "
-        "again to go on."
-    )
-
-
-class Stopped(Exception):
-    """The client ends; nobody waits for this request any more."""
-
-
 class ConnectFailed(OSError):
     """No address of a host took a connection; the text says why, for each."""
 
 
-class Addresses:
-    """Connections to hosts, which may have several addresses each.
+def connect_to(target, timeout, failures):
+    """Return a socket connected to target (host, port) and its address, or raise ConnectFailed.
 
-    _failures  {address: when it last failed}; threads share it, and replace whole values only
+    A host may have several addresses. Each has its share of timeout, and at most CONNECT_SECONDS.
+    failures says when each last failed, {address: time}. The time-out of the socket is the one for
+    sending.
     """
-
-    def __init__(self):
-        self._failures = {}
-
-    def connect(self, target, timeout):
-        """Return a socket connected to target (host, port) and its address, or raise ConnectFailed.
-        Each address has its share of timeout, and at most CONNECT_SECONDS. The time-out of the
-        socket is the one for sending."""
-        host, port = target
+    host, port = target
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConnectFailed(f"{host}: {words_of(error)}") from error
+    # The one that failed last is tried last: a dead one costs its time only once.
+    found.sort(key=lambda entry: failures.get(entry[4], 0.0))
+    seconds = min(CONNECT_SECONDS, timeout / len(found))
+    reasons = []
+    for family, kind, protocol, _, address in found:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            connection = socket.socket(family, kind, protocol)
         except OSError as error:
-            raise ConnectFailed(f"{host}: {words_of(error)}") from error
-        # The one that failed last is tried last: a dead one costs its time only once.
-        found.sort(key=lambda entry: self._failures.get(entry[4], 0.0))
-        seconds = min(CONNECT_SECONDS, timeout / len(found))
-        reasons = []
-        for family, kind, protocol, _, address in found:
-            try:
-                connection = socket.socket(family, kind, protocol)
-            except OSError as error:
-                reasons.append(words_of(error))
-                continue
-            try:
-                connection.settimeout(seconds)
-                connection.connect(address)
-                set_probes(connection)
-            except OSError as error:
-                connection.close()
-                self.note_failure(address)
-                reasons.append(f"{address[0]}: {words_of(error)}")
-                continue
-            connection.settimeout(STALL_SECONDS)
-            return connection, address
-        raise ConnectFailed("; ".join(reasons))
-
-    def note_failure(self, address):
-        """Note that an address took no connection, or gave no answer."""
-        self._failures[address] = time.monotonic()
+            reasons.append(words_of(error))
+            continue
+        try:
+            connection.settimeout(seconds)
+            connection.connect(address)
+            set_probes(connection)
+        except OSError as error:
+            connection.close()
+            failures[address] = time.monotonic()
+            reasons.append(f"{address[0]}: {words_of(error)}")
+            continue
+        connection.settimeout(STALL_SECONDS)
+        return connection, address
+    raise ConnectFailed("; ".join(reasons))
 
 
 def set_probes(connection):
@@ -904,17 +879,18 @@ class Connection(http.client.HTTPConnection):
                         before it asks a proxy for a tunnel and before TLS begins. http.client does
                         not document it: if a new Python drops it, the test
                         test_the_reasons_of_all_addresses_are_said fails
-    _addresses          where the address is chosen
+    _failures           {address: when it last failed}; all connections share it, and replace whole
+                        values only
     _address            that took the connection; None before that
     _send_error         why the request could not be sent whole, or None
     """
 
     response_class = FinalResponse
 
-    def __init__(self, host, addresses, **options):
+    def __init__(self, host, failures, **options):
         super().__init__(host, **options)
         self._create_connection = self._connect_to_an_address
-        self._addresses = addresses
+        self._failures = failures
         self._address = None
         self._send_error = None
 
@@ -948,7 +924,7 @@ class Connection(http.client.HTTPConnection):
                 raise self._send_error from None
 
     def _connect_to_an_address(self, target, timeout, _source_address):
-        connection, self._address = self._addresses.connect(target, timeout)
+        connection, self._address = connect_to(target, timeout, self._failures)
         return connection
 
     @contextlib.contextmanager
@@ -958,7 +934,7 @@ class Connection(http.client.HTTPConnection):
             yield
         except (OSError, http.client.HTTPException):
             if self._address:
-                self._addresses.note_failure(self._address)
+                self._failures[self._address] = time.monotonic()
             raise
 
 
@@ -977,16 +953,16 @@ class OpenUrls(urllib.request.HTTPHandler):
     def __init__(self, tls):
         """Prepare for https URLs with tls, an ssl.SSLContext; None means Python's own."""
         super().__init__()
-        self._addresses = Addresses()
+        self._failures = {}
         self._tls = tls
 
     def http_open(self, request):
         """Return the response to a request."""
-        return self.do_open(Connection, request, addresses=self._addresses)
+        return self.do_open(Connection, request, failures=self._failures)
 
     def https_open(self, request):
         """Return the response to a request."""
-        return self.do_open(TlsConnection, request, addresses=self._addresses, context=self._tls)
+        return self.do_open(TlsConnection, request, failures=self._failures, context=self._tls)
 
 
 def find_proxy(url):
@@ -1077,7 +1053,7 @@ class Answer(typing.NamedTuple):
             return float(text)
         try:
             date = email.utils.parsedate_to_datetime(text)
-            seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
+            seconds = date.timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return 0.0
         return max(seconds, 0.0)
@@ -1106,7 +1082,7 @@ class Patience:
         self._give_up_after = give_up_after
         self._lock = threading.Lock()
         self._successes = 0
-        self._failure = NoConnection("no answer yet")
+        self._failure = Retry("no answer yet", advice=SERVER_ADVICE)
 
     def succeeded(self):
         """Report that a request was answered."""
@@ -1241,7 +1217,7 @@ class Sender:
                 self._patience.failed(failure)
                 pause = max(random.uniform(backoff / 2, backoff), failure.pause)
                 if self._stopped.wait(min(pause, LONGEST_WAIT_SECONDS)):
-                    raise Stopped from None
+                    raise Failure("Nobody waits for this request any more.") from None
                 if until_too_slow and isinstance(failure, TooSlow):
                     raise
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
@@ -1331,8 +1307,9 @@ class Sender:
             return Failure(words)
         if isinstance(error, ConnectFailed):
             if self._proxy:
-                return NoProxy(f"no connection to the proxy: {words_of(error)}")
-            return NoConnection(words_of(error))
+                words = f"no connection to the proxy: {words_of(error)}"
+                return Retry(words, advice=PROXY_ADVICE)
+            return Retry(words_of(error), advice=SERVER_ADVICE)
         if PROXY_REFUSAL.match(str(error)):
             words = f"{self._url} cannot be asked: the proxy refuses: {words_of(error)}."
             return Failure(f"{words} Correct https_proxy.")
@@ -1408,9 +1385,9 @@ def collect_rejected_lines(state, path):
     """Write the rejected lines of a complete delivery to the file that will be renamed to path,
     and note that; return when both are durable, or raise OSError.
 
-    The note is the turning point. Before it, a client that goes on writes the file anew. After it, a
-    client that goes on renames the file, if it is still there under its unfinished name. If it is
-    not, it is the user's, who may have mended, sent and removed it: it is never written again.
+    The note is the turning point. Before it, a client that goes on writes the file anew. After it,
+    a client that goes on renames the file, if it is still there under its unfinished name. If it
+    is not, it is the user's, who may have mended, sent and removed it: it is never written again.
     """
     collected = unfinished_path(path)
     with contextlib.suppress(FileNotFoundError):
@@ -1576,7 +1553,6 @@ def send(state, source, options):
     """Send every line that is not answered yet, and note each answer; raise Failure."""
     size = BatchSize(options.batch_size)
     sender = Sender(options.url, state.producer_id, size, options.give_up_after)
-    shown = time.monotonic()
     try:
         if sender.takes_batches():
             post = sender.post_batch
@@ -1586,10 +1562,8 @@ def send(state, source, options):
         batches = source.batches(state.progress.lines + 1, size)
         for batch, errors in sender.deliver(batches, post):
             note_answer(state, source, batch, errors)
-            if time.monotonic() - shown >= PROGRESS_SECONDS:
-                shown = time.monotonic()
-                percent = state.progress.offset / source.content.size
-                show_progress(f"{state.progress.accepted:,} events, {percent:.0%}")
+            part = state.progress.offset / source.content.size
+            show_progress(f"{state.progress.accepted:,} events, {part:.0%}")
     except (Failure, MemoryError, OSError) as error:
         line = state.progress.lines + 1
         unknown = f"Delivery is unknown from line {line} on."

@@ -441,7 +441,7 @@ class Delivery(ClientTest):
         with open("/dev/full", "w") as full:
             self.run_client("--url", server.url, stdout=full)
         *notes, published = self.state.read_bytes().splitlines(keepends=True)
-        self.assertIn(b"rejectedLinesIn", published)
+        self.assertIn(b'"rejectedLinesIn": "', published)
         self.state.write_bytes(b"".join(notes))
         events.write_bytes(EVENT + b"\n")
         _, errors = self.client("--url", server.url, status=1)

@@ -331,11 +331,11 @@ class Reaching(ClientTest):
                     tried.append(address[1])
                     super().connect(address)
 
-            addresses = client_module.Addresses()
+            failures = {}
             calls = {"getaddrinfo": lambda *_, **__: list(found), "socket": Socket}
             with mock.patch.multiple(client_module.socket, **calls):
                 for _ in range(3):
-                    connection, address = addresses.connect(("server", 80), 30)
+                    connection, address = client_module.connect_to(("server", 80), 30, failures)
                     connection.close()
                     self.assertEqual(address, good)
         self.assertEqual(tried, [dead, good[1], good[1], good[1]])
