@@ -130,6 +130,8 @@ RESTART_ADVICE = (
 )
 # What http.client says when a proxy answers CONNECT with 4xx. With 408 or 429 it may do it later.
 PROXY_REFUSAL = re.compile("Tunnel connection failed: 4(?!08|29)")
+# A producer id as the server takes it.
+PRODUCER_ID = re.compile("[A-Za-z0-9_-]{1,64}")
 # How FILE.delivery begins.
 STATE_BEGINNING = b'{"producerId": "'
 
@@ -144,7 +146,8 @@ class Failure(Exception):
 # client.py must run without the other scripts. So these are copies of functions of
 # data_processor.py, under the same names and with the same contracts: write,
 # write_without_waiting, printable, is_terminal, write_line, show_progress, open_regular and
-# leads_to. (write_all is one of server.py's.) Whoever changes one changes both.
+# leads_to. (write_all is one of server.py's, PRODUCER_ID one of data_processor.py's.) Whoever
+# changes one changes both.
 
 
 def write(stream, text, patience=0.0):
@@ -484,8 +487,13 @@ class StateFile:
             return None
         state = decode_line(line)
         if state is None:
+            # Clients of earlier versions wrote no checksum, and no line end either.
+            state = decode_object(line) or {}
+        producer_id = state.get("producerId")
+        is_known = state.keys() == {"producerId", *Content._fields} and isinstance(producer_id, str)
+        if not is_known or not PRODUCER_ID.fullmatch(producer_id):
             raise Failure(f"{self.path} cannot be understood. {RESTART_ADVICE}")
-        self.producer_id = state["producerId"]
+        self.producer_id = producer_id
         self._end = len(line)
         for note, end in self._read_notes():
             self.progress = note.progress
@@ -536,7 +544,7 @@ class StateFile:
         may have been killed before that was done.) Raise OSError."""
         with naming(self.path):
             last_byte = os.pread(self._fd, 1, self._end - 1)
-        if last_byte != b"\n":  # somebody took the first line's end away
+        if last_byte != b"\n":  # the first line has no end
             self._append(b"\n")
         self._sync_with_name()
 
