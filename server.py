@@ -38,6 +38,7 @@ sys.path.append(os.path.dirname(os.path.realpath(__file__)))
 # a sentence.
 from data_processor import (
     BLOCK_BYTES,
+    CONNECT_SECONDS,
     DEFAULT_LOG,
     EVENT,
     LOCK_SECONDS,
@@ -101,9 +102,6 @@ MAX_FIELDS = 100
 HELD_BODY_BYTES = 64 * 1024 * 1024
 # Answers that their peers do not read. A connection whose answer is over it is cut off.
 UNREAD_ANSWER_BYTES = 64 * 1024 * 1024
-# Batches that are decoded and stamped at the same time; further ones wait. They share one core, and
-# with more of them a new connection would wait for all of their turns.
-DECODED_BATCHES = 1
 # Lines that wait for the disk, and their answers; further ones wait until these are being written.
 GROUP_BYTES = 16 * 1024 * 1024
 # A body is read in pieces of at most that size.
@@ -121,9 +119,6 @@ LEAST_LOCK_SECONDS = 1
 # A round of questions to the database takes at most that time. So each question is answered within
 # twice that time, if only with 503: it may come when a round has just begun, and shares the next.
 QUERY_SECONDS = 1
-# The attempt to connect to an address of the database is given up after that time; questions do
-# not wait so long for it.
-CONNECT_SECONDS = 10
 # After a refusal, the rest of the request is read and discarded for so long and up to so many
 # bytes: closing at once could destroy the answer. Whoever is past a deadline has that time to be
 # sent an answer.
@@ -148,7 +143,7 @@ ROOM_SECONDS = 0.5
 
 # Connections of a worker; further ones wait in the backlog until one is closed to make room.
 MAX_CONNECTIONS = 1000
-# Descriptors that no connection takes: for the log after a rotation, the database, name look-ups.
+# Descriptors that no connection takes: for the log, the database, name look-ups.
 RESERVED_DESCRIPTORS = 16
 # The kernel lowers that to its own limit (net.core.somaxconn).
 BACKLOG = 4096
@@ -370,8 +365,7 @@ class Report(NamedTuple):
 class LogWriter:
     """The log as one worker appends to it; the other workers append to the same file.
 
-    Only the thread that works for a round touches _fd and _remarks. Before the first round,
-    open_early() does.
+    Only the thread that works for a round touches _fd and _remarks.
     """
 
     def __init__(self, path):
@@ -380,7 +374,8 @@ class LogWriter:
         self.failure = ""
         self._rounds = Rounds(self._write_round, GROUP_BYTES)
         self._troubles = Troubles()
-        # Opened by this process: the lock of an inherited descriptor would not exclude the others.
+        # Opened for the first round of this process: the lock of an inherited descriptor would not
+        # exclude the others.
         self._fd = None
         self._remarks = []  # what was mended in this round
 
@@ -392,14 +387,6 @@ class LogWriter:
         report = self._rounds.join(Pending(lines, deadline), answer, size)
         if report is not None:  # else another thread works, and prints its report
             self._print(report)
-
-    def open_early(self):
-        """Open the log before there are connections, which could take the descriptors that it
-        needs. If that fails, say why; the next append() tries again."""
-        try:
-            self._fd = self._open()
-        except OSError as error:
-            self._print(Report(error, []))
 
     def check(self):
         """Raise OSError if the log cannot be opened and synced."""
@@ -1499,7 +1486,9 @@ class Worker:
         self.revenues = Revenues()
         self.bodies = Account(HELD_BODY_BYTES)
         self.unread_answers = Account(UNREAD_ANSWER_BYTES)
-        self.decoding = threading.BoundedSemaphore(DECODED_BATCHES)
+        # Held while a batch is decoded and stamped: all share one core, and with several of them a
+        # new connection would wait for all of their turns.
+        self.decoding = threading.Lock()
         # {socket: Connection} of all that are open. The main thread adds them, and each one's own
         # thread removes it.
         self.connections = {}
@@ -1516,7 +1505,7 @@ class Worker:
         self._selector = selectors.DefaultSelector()
         # A socket and its address for which there was no thread; the next accept() takes it up.
         self._accepted = None
-        self._most_connections = MAX_CONNECTIONS
+        self._most_connections = most_connections()
         # Since when somebody has waited for room; math.inf if nobody does.
         self._crowded_since = math.inf
 
@@ -1528,12 +1517,7 @@ class Worker:
         with self._selector:
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._selector.register(lifeline, selectors.EVENT_READ)
-            ready = self.wait(0)
-            # If the parent is gone, a new server may have begun: opening the log now could create a
-            # file that nobody needs.
-            if lifeline not in ready:
-                self.log.open_early()
-            self._most_connections = most_connections()
+            ready = set()
             while lifeline not in ready and not self.log.failure:
                 if self._listener in ready or self._accepted is not None:
                     self.accept()  # what it cannot serve yet is tried again after the next look
@@ -1669,7 +1653,7 @@ class Worker:
 
 
 def most_connections():
-    """Return how many connections a worker may have that has opened all that it needs."""
+    """Return how many connections a worker may have."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS

@@ -422,7 +422,8 @@ class Durability(SystemTest):
         log = server_module.LogWriter(str(path))
         self.addCleanup(log._close)
         with warnings_of(data_processor) as said:
-            log.open_early()
+            with self.assertRaisesRegex(OSError, "is no log"):
+                append(log, with_id("p", 1).encode())
             path.unlink()
             append(log, with_id("p", 1).encode())
         failed, mended = said
