@@ -1,7 +1,7 @@
 -- The whole schema. Safe to run again: what exists is kept, and it is checked whether it fits.
 -- data_processor.py runs this when it connects, and before and after it counts: so that nothing is
--- counted into tables that were altered, emptied or replaced meanwhile. A fault is one sentence
--- that ends with what mends it. The sections:
+-- counted into tables that were altered, emptied or replaced meanwhile. A fault is one sentence;
+-- if a statement mends it, that is its end. The sections:
 --
 --     The database                   its version and its encoding
 --     The tables that are missing    are created
@@ -34,6 +34,7 @@ BEGIN
             current_database(), current_setting('server_encoding');
     END IF;
 
+    -- Such an ordinary run could not be told from --verify.
     IF temporary AND (SELECT reset_val FROM pg_settings WHERE name = 'search_path') = 'pg_temp' THEN
         RAISE EXCEPTION 'The search_path of % leads to temporary tables alone; set another: '
             'ALTER ROLE NAME SET search_path = SCHEMA', current_user;
@@ -134,9 +135,9 @@ BEGIN
         END IF;
     END LOOP;
 
-    -- Each check gives a sentence for each fault that it finds; the first one is raised. If a stamp
-    -- has this shape, all of this was checked before. (The checks stand in a string because PL/pgSQL
-    -- parses all else each time: this takes a sixth off a run that finds nothing changed.)
+    -- Each check gives a sentence for each fault that it finds; the first one is raised. If a
+    -- stamp has this shape, all of this was checked before. (The checks stand in a string because
+    -- PL/pgSQL parses all else each time: this takes a sixth off a run that finds nothing changed.)
     IF NOT EXISTS (SELECT FROM unnest(tables) AS given (id)
                    WHERE strpos(obj_description(id, 'pg_class'), shape) > 0) THEN
         EXECUTE $checks$
@@ -146,7 +147,8 @@ BEGIN
                 '= SCHEMA'
             FROM pg_class WHERE oid = ANY (tables) HAVING count(DISTINCT relnamespace) > 1)
 
-        -- Each is a permanent table, ordinary (r) or partitioned (p).
+        -- Each is a permanent table, ordinary (r) or partitioned (p). (What is given as $1 and $2
+        -- is named tables and relations at the end of this string.)
         || ARRAY(
             SELECT format('%s is no table; rename it, so that a table can be created', relname)
             FROM pg_class WHERE oid = ANY (tables) AND relkind NOT IN ('r', 'p'))
@@ -184,7 +186,8 @@ BEGIN
             AND tgparentid = 0 AND NOT tgisinternal AND tgenabled <> 'D')
 
         -- The columns hold every value exactly, and tell all keys apart. In event_producers and
-        -- event_logs, what INSERT does not give has a default and is never NULL.
+        -- event_logs, what INSERT does not give has a default and is never NULL. (A column that
+        -- is required here without a default is the key.)
         || ARRAY(
             WITH required (table_name, name, type, collation_clause, default_value) AS (VALUES
                 ('users_revenue', 'user_id', 'text', ' COLLATE "C"', NULL),
@@ -268,6 +271,7 @@ BEGIN
             FROM indexes
             WHERE is_of_key AND NOT is_exact OR NOT is_of_key AND table_name <> 'users_revenue'
             UNION ALL
+            -- (Only a constraint can be deferrable: removal is an ALTER TABLE, which can go on.)
             SELECT format('%s has a deferrable unique key, which ON CONFLICT refuses; mend it '
                           'with: %s, ADD UNIQUE (%s)', table_name, removal, column_name)
             FROM indexes WHERE is_of_key AND NOT is_immediate
@@ -279,7 +283,7 @@ BEGIN
                               AND is_of_key AND is_complete))
 
         -- No column takes its value from a sequence that ends: every row that is inserted or
-        -- updated uses up one value.
+        -- updated uses up one value, because ON CONFLICT draws it before it finds the row.
         || ARRAY(
             WITH uses (relation, column_number, sequence) AS (
                 -- DEFAULT nextval(): the default depends on the sequence.
@@ -451,7 +455,7 @@ BEGIN
         --     in place
         --     anything else                       no
         --
-        -- (old_stamp is any of the stamps: it is used only if they have one origin.)
+        -- (old_stamp is any of the stamps: it matters only if they have one origin.)
         WITH stamped AS (
             SELECT relname::text AS name, oid::text, relfilenode::text AS file,
                 xmin::text AS written_by, stamps[array_position(tables, oid)] AS stamp
@@ -505,7 +509,7 @@ BEGIN
         IF NOT (users_now OR ids_now OR positions_now) THEN
             fault := NULL;  -- nothing was counted yet, or all of it is to be counted again
         ELSIF have_one_origin THEN
-            fault := emptied || ' was emptied';
+            fault := emptied || ' was emptied';  -- NULL if none was
             record_is_lost := emptied <> 'users_revenue';
         ELSE
             fault := 'one of them came back without the others';
@@ -527,7 +531,7 @@ BEGIN
             ELSE  -- tables without stamps are taken as they are: what was counted stays known
                 begin_at_zero := 'COMMENT ON TABLE event_producers IS NULL; '
                     'COMMENT ON TABLE event_logs IS NULL';
-                IF created = '{}' THEN
+                IF created = '{}' THEN  -- else users_revenue itself was missing
                     begin_at_zero := 'TRUNCATE users_revenue; '
                         'COMMENT ON TABLE users_revenue IS NULL; ' || begin_at_zero;
                 END IF;

@@ -73,8 +73,8 @@ DEFAULT_LOG = "server-events.jsonl"
 TABLES = os.path.join(os.path.dirname(os.path.realpath(__file__)), "create_table.sql")
 
 # Bounds of an event. MAX_DEPTH is far below where json itself gives up, which differs by version
-# and stack: all must agree. VALUE_DIGITS may stand before the decimal point, and as many behind
-# it; the grammar below says so, too.
+# and stack: server and processor must agree. VALUE_DIGITS may stand before the decimal point, and
+# as many behind it; the grammar below says so, too.
 MAX_EVENT_BYTES = 64 * 1024
 MAX_DEPTH = 100
 VALUE_DIGITS = 18
@@ -982,8 +982,8 @@ class BlockEvents(NamedTuple):
     no_id_rejected: int
 
 
-# Each returns a field of LogLine from a tuple with its fields. (To make a LogLine of each line would
-# take a tenth of the time.)
+# Each returns a field of LogLine from a tuple with its fields. (To make a LogLine of each line
+# would take a tenth of the time.)
 user_of = operator.itemgetter(LogLine._fields.index("user"))
 producer_of = operator.itemgetter(LogLine._fields.index("producer"))
 
@@ -1258,7 +1258,7 @@ class RecordedPosition(NamedTuple):
 NOTHING_RECORDED = RecordedPosition(0, b"")  # only its position is looked at
 
 
-class Chunk(NamedTuple):
+class AppliedChunk(NamedTuple):
     """What came of a chunk."""
 
     reading: Reading  # behind it
@@ -1270,12 +1270,19 @@ class Chunk(NamedTuple):
 
 def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
     """Apply the next chunk of log, of about size bytes, in the caller's transaction, which commits
-    all of it or nothing; return a Chunk. Raise OSError, Failure or psycopg2.Error.
+    all of it or nothing; return an AppliedChunk. Raise OSError, Failure or psycopg2.Error.
 
-    The log's recorded position is a shortcut as long as the bytes before it are unchanged. In a
-    changed log it stays until the log was read to its end without rejecting an event for want of
-    an id: who puts the old bytes back before that finds the old position valid. It never moves
-    back, so that a log which was cut below it is read whole at every run.
+    The log's recorded position is a shortcut as long as the bytes before it are unchanged:
+
+        the bytes before it            the chunk begins   an event without an id
+        unchanged                      at the position    is counted
+        unchanged, with from_start     behind reading     is passed over: it was counted
+          (up to the position)
+        changed                        behind reading     is rejected: perhaps it was counted
+
+    A changed log keeps its position until it was read to its end and no event was rejected for
+    want of an id: if the old bytes come back before that, the old position is right again. A
+    position never moves back, so that a log which was cut below it is read whole at every run.
     """
     position, digest = lock_position(sql, log)
     unchanged = log.digest(position) == digest
@@ -1304,7 +1311,7 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
     if end > position and (unchanged or nothing_left_out):
         position = end
         record_position(sql, log, RecordedPosition(end, tallies[-1].digest))
-    return Chunk(Reading(end, no_id_rejected), position, applied, repeated, rejected)
+    return AppliedChunk(Reading(end, no_id_rejected), position, applied, repeated, rejected)
 
 
 def lock_position(sql, log):
@@ -1634,8 +1641,8 @@ class Database:
             run_create_table(sql)
 
     def recorded_positions(self, log_ids):
-        """Return {log_id: RecordedPosition} of these logs, without any of all logs, as far as the
-        database knows them."""
+        """Return {log_id: RecordedPosition} of these logs, or of every log if log_ids is empty, as
+        far as the database knows them."""
         recorded = {}
         with self.transaction() as sql, naming_lock("event_logs"):
             sql.execute(
@@ -1649,8 +1656,8 @@ class Database:
 
 
 def run_create_table(sql):
-    """Create the tables that are missing and check all of them, if anything about them has changed
-    since. Raise Failure."""
+    """Create the tables that are missing, and check all of them if anything about them has changed
+    since they were last checked. Raise Failure or psycopg2.Error."""
     with open(TABLES, encoding="utf-8") as file:
         statements = file.read()
     try:
@@ -1662,7 +1669,8 @@ def run_create_table(sql):
 
 def set_time_limits(sql, idle_seconds, statement_seconds):
     """Have PostgreSQL end the transaction of a processor that vanished or stands still, and give up
-    a lock after LOCK_SECONDS, and a statement after statement_seconds, unless it has a limit."""
+    a lock after LOCK_SECONDS, and a statement after statement_seconds, unless another limit of
+    statements is set already."""
     sql.execute(
         "SELECT set_config('idle_in_transaction_session_timeout', %s, true), "
         "set_config('lock_timeout', %s, true), "
@@ -1693,6 +1701,7 @@ def wait_for_statement(seconds, connection):
 
 
 # ---- Applying logs ------------------------------------------------------------------------
+
 
 def rotated_logs(path, list_directory):
     """Return the paths of the files that rotation made of the log at path: its name, a dot or a
@@ -1736,7 +1745,8 @@ class FileRecord:
                   applied
     position      that was recorded then
     again_at      when a refused log is tried again, in seconds of time.monotonic
-    was_read      whether it was read to its end on this connection, from its start with from_start
+    was_read      whether it was read to its end on this connection: with from_start, it is not
+                  read from its start again
     named_up_to   the offset up to which its rejected lines were named
     """
 
@@ -2324,7 +2334,7 @@ def exit_on(number, status):
 
 def open_standard_descriptors():
     """Open the descriptors 0, 1 and 2 that are closed, so that no log gets their numbers: messages
-    would be written into the log, and children close the three."""
+    would be written into the log, and children replace the three."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)
