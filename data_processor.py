@@ -735,10 +735,7 @@ def decompress(path, file):
         file.seek(0)
         with opener(file) as content:
             while block := read_compressed(path, content):
-                try:
-                    unpacked.write(block)
-                except OSError as error:
-                    raise no_temporary_file(error) from error
+                write_temporary(unpacked, block)
         on_failure.pop_all()
     return unpacked
 
@@ -760,6 +757,16 @@ def temporary_file():
 
     try:
         return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        raise no_temporary_file(error) from error
+
+
+def write_temporary(file, data):
+    """Write all of data to a temporary file, or raise OSError, which names its directory."""
+    try:
+        while data:
+            written = file.write(data)  # less than all if the disk gets full
+            data = data[written:]
     except OSError as error:
         raise no_temporary_file(error) from error
 
@@ -2276,7 +2283,8 @@ def verify(paths):
             users = tables.count_users()
             for line in tables.differences():
                 differing += 1
-                write_spooled(lines, printable(line) + "\n")
+                text = printable(line) + "\n"
+                write_temporary(lines, text.encode())
         # Only now, when no transaction is open, is anything printed.
         print_file(lines)
     if differing:
@@ -2288,14 +2296,6 @@ def verify(paths):
     else:
         say(f"users_revenue and the logs agree on {users:,} users.")
     return not differing
-
-
-def write_spooled(file, text):
-    """Write text to a temporary file, or raise OSError, which names its directory."""
-    try:
-        file.write(text.encode())
-    except OSError as error:
-        raise no_temporary_file(error) from error
 
 
 def print_file(file):

@@ -180,6 +180,12 @@ class Logs(SystemTest):
                 "tempfile.TemporaryFile = open_full",
                 "/full: No space left on device",
             ),
+            "a disk that gets full at the end": (
+                "import resource, tempfile\n"
+                "tempfile.tempdir = '/tmp'\n"
+                "resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))",
+                "/tmp: File too large",
+            ),
         }
         for place, (patch, words) in places.items():
             with self.subTest(place):
