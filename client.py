@@ -714,20 +714,25 @@ class Source:
 
     def batches(self, first, size):
         """Yield the lines of the file from the first one on, which begins at the offset given to
-        measure(), as batches of at most a BatchSize. Raise Failure if the file became shorter.
+        measure(), as batches of at most a BatchSize. Raise Failure if the file became shorter."""
+        while self._offset < self.content.size:
+            batch = self._next_batch(first, size)
+            yield batch
+            first += batch.lines
+
+    def _next_batch(self, first, size):
+        """Return the next Batch, and move _offset behind it.
 
         Of a line that is longer than BATCH_BYTES, the beginning is sent with "..." behind it: it
         is no JSON then, and the server rejects it.
         """
-        while self._offset < self.content.size:
-            lines = self._next_lines(size)
-            if lines:
-                batch = make_batch(first, lines)
-                self._pass_over(batch.body)
-            else:
-                batch = make_batch(first, [self._pass_over_long_line()])
-            yield batch._replace(end=self._offset)
-            first += batch.lines
+        lines = self._next_lines(size)
+        if lines:
+            batch = make_batch(first, lines)
+            self._pass_over(batch.body)
+        else:
+            batch = make_batch(first, [self._pass_over_long_line()])
+        return batch._replace(end=self._offset)
 
     def _next_lines(self, size):
         """Return as many whole lines as size allows, without their line ends; none if the first
