@@ -105,9 +105,9 @@ READ_SECONDS = 15
 # A child that sends nothing for so long stands still, and is given up.
 SILENT_CHILD_SECONDS = 30
 # PostgreSQL ends a transaction that is idle for so long: a processor that vanished or stands
-# still releases its locks. It is longer than both tallies of a chunk together: the first takes
-# READ_SECONDS and a little. The second reads the same lines, has no deadline of its own, and takes
-# about as long.
+# still releases its locks. It is longer than a tally, during which the transaction is idle: the
+# first one of a chunk takes READ_SECONDS and a little. The second one, after other statements,
+# reads the same lines, has no deadline of its own, and takes about as long.
 IDLE_SECONDS = 60
 # A lock that somebody else holds, on a log or on rows, is waited for in steps of so long.
 LOCK_SECONDS = 10
@@ -800,7 +800,7 @@ class LogReader:
     content     what is read: that file or, for a compressed log, a temporary one
     end         the offset where its events end; this and the next two are set by find_end
     unfinished  how many bytes follow that are no whole line
-    log_id      the SHA-256 of the first line, None without one
+    log_id      the SHA-256 of the first line, as far as one block holds it; None without a line
     """
 
     def __init__(self, path):
@@ -822,8 +822,9 @@ class LogReader:
         """Set end, unfinished and log_id; decompress the log first, if its name says so.
 
         It is done under the log's lock, when no server is in the midst of a write, which it could
-        still take back. Return False if the path does not lead to this file any more and somebody
-        holds its lock. Raise OSError if the lock was not to be had within seconds.
+        still take back. (Nobody writes to a decompressed log: its lock is free.) Return False if
+        the path does not lead to this file any more and somebody holds its lock. Raise OSError if
+        the lock was not to be had within seconds.
         """
         if is_compressed(self.path):
             content = decompress(self.path, self.file)
@@ -839,6 +840,7 @@ class LogReader:
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
         self.unfinished = size - self.end
+        self.log_id = None
         if self.end:
             beginning = self.read(0, min(BLOCK_BYTES, self.end))
             first_line = beginning.partition(b"\n")[0]
@@ -1059,7 +1061,7 @@ def read_each_line(block, rows, no_id_rule):
     rejected = []
     no_id_rejected = 0
     offset = block.start
-    lines = block.lines.split(b"\n")
+    lines = block.lines.split(b"\n")  # one more, behind the last LF, which zip leaves out
     for number, (line, row) in enumerate(zip(lines, rows)):
         try:
             event = LogLine._make(row)
@@ -1140,7 +1142,7 @@ def sums_as_json(sums):
 
 class TallyProcess:
     """A child process that makes one Tally and sends it back. (Why no pool: its idle workers
-    outlive a parent that is killed. This child ends at its next write.)"""
+    outlive a parent that is killed. This child ends when it sends its Tally.)"""
 
     def __init__(self, log, part, marks=None):
         """Start it, or raise ChildDied if there is no room for another process."""
@@ -1229,7 +1231,9 @@ def close_all_but(kept):
 
 
 def tally_all(log, jobs):
-    """Return the Tally of each (Slice, marks) of jobs, made by a process each, at the same time."""
+    """Return the Tally of each (Slice, marks) of jobs, made by a process each, at the same time.
+    (Also a single one: what a process takes of memory is given back, and the parent survives it.)
+    """
     with contextlib.ExitStack() as stack:
         processes = []
         for part, marks in jobs:
@@ -1305,7 +1309,7 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
         no_id_rule = COUNT
     tallies = tally_chunk(log, start, size, no_id_rule)
     end = start
-    if tallies:
+    if tallies:  # else another processor has applied the rest meanwhile
         log.sync()
         end = tallies[-1].end
     if end == start and end < log.end:
@@ -1323,7 +1327,8 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
 
 def lock_position(sql, log):
     """Lock the row of log, which is created first if it is missing, and return its
-    RecordedPosition."""
+    RecordedPosition. (A new row has the position 0 and the digest of no bytes, by its defaults: to
+    these, every log is unchanged.)"""
     with naming_lock("event_logs"):
         sql.execute(
             "INSERT INTO event_logs (log_id) VALUES (%s) ON CONFLICT DO NOTHING", [log.log_id]
@@ -1435,7 +1440,7 @@ class NewIds(NamedTuple):
 
 def add_ids(sql, ids):
     """Add ids to what was applied of their producers, and return the NewIds among them."""
-    ids = json.dumps(ids)
+    ids_as_json = json.dumps(ids)
     # A cursor in PostgreSQL, so that few rows at a time are sent while the locks are held.
     with sql.connection.cursor("new_ids") as cursor:
         cursor.itersize = 500
@@ -1445,7 +1450,7 @@ def add_ids(sql, ids):
             FROM json_each_text(%s) AS chunk (producer_id, ranges)
             JOIN event_producers USING (producer_id),
                 unnest(ranges::int8multirange - applied) AS span""",
-            [ids],
+            [ids_as_json],
         )
         new = [NewIds._make(row) for row in cursor]
     if new:
@@ -1456,7 +1461,7 @@ def add_ids(sql, ids):
             FROM json_each_text(%s) AS chunk (producer_id, ranges)
             WHERE stored.producer_id = chunk.producer_id
             AND NOT applied @> ranges::int8multirange""",
-            [ids],
+            [ids_as_json],
         )
     return new
 
@@ -1625,6 +1630,7 @@ class Database:
                 yield sql
             self.connection.commit()
         except BaseException:
+            # (This waits for nothing after Silent: psycopg2 has closed the connection.)
             with contextlib.suppress(psycopg2.Error):
                 self.connection.rollback()
             raise
@@ -1634,7 +1640,7 @@ class Database:
         """Return a context with the cursor of a transaction that may change the tables.
 
         Nobody can ALTER, DROP or TRUNCATE them meanwhile. They are checked before, for what others
-        did to them, and afterwards, so that their comments say what they hold.
+        did to them, and afterwards, so that the stamps in their comments say what they hold.
         """
         with self.transaction() as sql:
             for table in ("users_revenue", "event_producers", "event_logs"):
@@ -1751,6 +1757,7 @@ class FileRecord:
     version       of the file when it was done: applied to its end, or refused; None if it is to be
                   applied
     position      that was recorded then
+    refusal       what PostgreSQL refuses of it, None if it does not
     again_at      when a refused log is tried again, in seconds of time.monotonic
     was_read      whether it was read to its end on this connection: with from_start, it is not
                   read from its start again
@@ -1761,6 +1768,7 @@ class FileRecord:
         self.log_id = log_id
         self.version = None
         self.position = 0
+        self.refusal = None
         self.again_at = NEVER
         self.was_read = False
         self.named_up_to = 0
@@ -1777,7 +1785,6 @@ class Applier:
     from_start   whether recorded positions are not used for a file that is read for the first time
     files        {identity of a file: FileRecord}; record_of() alone adds to it, and none is removed
     recorded     {log_id: RecordedPosition} at the beginning of this look at the logs
-    refused      {what PostgreSQL refused: the paths of the logs that hold it}
     failed       whether a line was rejected, or a log could not be applied
     failures     how many attempts in a row have failed since events were applied
     troubles     what is wrong at present
@@ -1790,7 +1797,6 @@ class Applier:
         self.from_start = from_start
         self.files = {}
         self.recorded = {}
-        self.refused = collections.defaultdict(set)
         self.failed = False
         self.failures = 0
         self.troubles = Troubles()
@@ -1848,7 +1854,7 @@ class Applier:
                 elif sibling not in self.paths:
                     words = "is compressed and was not read; name it to read it."
                     self.troubles.begin(sibling, words)
-            if os.path.lexists(path) or not siblings:
+            if os.path.lexists(path) or not siblings:  # open() names one that is missing
                 found.append(path)
         return list(dict.fromkeys(found))
 
@@ -1906,7 +1912,7 @@ class Applier:
         if log.path in self.troubles:
             lock_seconds = POLL_SECONDS  # it may be the lock, which was waited for already
         try:
-            version = version_of(log)
+            version = version_of(log)  # of now: what is written later is not applied by this
             if not log.find_end(lock_seconds):
                 self.say_renamed(log)
                 return False
@@ -1931,13 +1937,17 @@ class Applier:
         except Refused as error:
             self.failed = True
             record.again_at = time.monotonic() + MAX_BACKOFF_SECONDS
-            refused = self.refused[str(error)]
-            refused.add(log.path)
-            if len(refused) <= NAMED_REFUSALS:
-                self.troubles.begin(log.path, str(error))
+            words = str(error)
+            record.refusal = words
+            alike = sum(other.refusal == words for other in self.files.values())
+            if alike == NAMED_REFUSALS:
+                words += " (Further logs that are refused for this reason are not named.)"
+            if alike <= NAMED_REFUSALS:
+                self.troubles.begin(log.path, words)
         else:
             record.was_read = True
             record.again_at = NEVER
+            record.refusal = None
             self.troubles.end(log.path, "is read again.")
 
     def apply_what_is_new(self, log):

@@ -72,6 +72,27 @@ class OneTrouble(SystemTest):
         _, errors = self.processor("log.0", "log", status=1)
         self.assertEqual(errors.count("refused it"), data_processor.NAMED_REFUSALS)
 
+    def test_what_concerns_every_log_is_said_again_when_it_comes_back(self):
+        refuse = "ALTER TABLE users_revenue ADD CONSTRAINT no CHECK (user_id <> 'user1') NOT VALID"
+        for number in range(30):
+            self.path(f"log.{number}", with_id(f"p{number}", 1))
+        at_once = unittest.mock.patch.object(data_processor, "MAX_BACKOFF_SECONDS", 0)
+        with captured() as output, at_once, opened_follower(self.path("log")) as follower:
+            query(refuse)
+            follower.look()
+            query("ALTER TABLE users_revenue DROP CONSTRAINT no")
+            follower.look()
+            before = output()
+            query(refuse)
+            for number in range(30):
+                self.path(f"log.{number}", with_id(f"p{number}", 1) + with_id(f"p{number}", 2))
+            follower.look()
+            after = output()[len(before) :]
+        for said in (before, after):
+            self.assertEqual(said.count("refused it"), data_processor.NAMED_REFUSALS)
+            self.assertEqual(said.count("Further logs that are refused for this reason"), 1)
+        self.assertRevenue({"user1": 30})
+
     def test_no_partition_for_a_user_stops_its_log_alone(self):
         query(
             "DROP TABLE users_revenue, event_producers, event_logs;"
