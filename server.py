@@ -112,9 +112,9 @@ REQUEST_SECONDS = 30
 # A peer may take so long to read an answer and to begin the next request. Load balancers reuse a
 # connection for 60 seconds.
 PEER_IDLE_SECONDS = 75
-# Lines wait for the log's lock until LOCK_SECONDS after their request was whole, but at least so
-# long: that time may have gone into a slow sync of the round before, and another worker may hold
-# the lock for a moment.
+# A round waits for the log's lock until LOCK_SECONDS after its oldest request was whole, but at
+# least so long: a slow sync of the round before may have used that time up, and another worker may
+# hold the lock for a moment.
 LEAST_LOCK_SECONDS = 1
 # A round of questions to the database takes at most that time. So each question is answered within
 # twice that time, if only with 503: it may come when a round has just begun, and shares the next.
@@ -195,14 +195,14 @@ class Rounds:
     """
 
     def __init__(self, work, limit=math.inf):
-        """Prepare rounds of work(members), which gives each of them an outcome with tell(), and
-        raises nothing: who has no outcome waits for ever.
+        """Prepare rounds of work(members). It must give each of them an outcome with tell(), or
+        the member waits for ever; and it must neither raise anything nor return None.
 
         Once the sizes of a round's members reach limit, further ones wait until it has begun.
         """
         self._work = work
         self._limit = limit
-        self._list = threading.Condition(threading.Lock())  # guards the next two
+        self._lock = threading.Condition(threading.Lock())  # guards the next two
         self._members = []  # of the next round
         self._size = 0  # of these members together
         self._working = threading.Lock()  # held during a round, by the thread that works
@@ -211,8 +211,8 @@ class Rounds:
     def join(self, item, answer, size=1):
         """Have item done and its outcome given to answer. Return what work returned if this thread
         has worked for the round, None if another one does."""
-        with self._list:
-            self._list.wait_for(self._has_room)
+        with self._lock:
+            self._lock.wait_for(self._has_room)
             is_first = not self._members
             self._members.append(Member(item, answer))
             self._size += size
@@ -233,11 +233,11 @@ class Rounds:
 
     def _begin(self):
         """Return the members of the next round; whoever comes from now on is in the one after."""
-        with self._list:
+        with self._lock:
             members = self._members
             self._members = []
             self._size = 0
-            self._list.notify_all()
+            self._lock.notify_all()
         return members
 
     def tell(self, member, outcome):
@@ -429,6 +429,7 @@ class LogWriter:
     def _write(self, members):
         """Make the lines of a round durable, or raise the reason why they are not."""
         data = b"".join([member.item.text for member in members])
+        # Who has waited longest decides for all of them.
         deadline = min([member.item.deadline for member in members])
         end = self._open_locked(deadline)
         if end == 0:
@@ -507,6 +508,7 @@ class LogWriter:
     def _open(self):
         """Open the log, creating it when it is missing, and make its name durable. Return its
         descriptor; or raise OSError, also when it is somebody's file."""
+        # First the directory: no file is to be created whose name cannot be made durable.
         directory = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY)
         try:
             fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -827,7 +829,7 @@ def read_lines(rfile, first=b""):
 
 def read_line(rfile, limit, too_long):
     """Return the next line, or raise Refusal, with the status too_long if it has more than limit
-    bytes."""
+    bytes, which may be none."""
     line = rfile.readline(limit)
     if line.endswith(b"\n"):
         return line
@@ -1154,7 +1156,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(not_whole())
         except MemoryError:
             self.server.is_short_of_memory = True
-            if self.state.is_answering():  # else it came after the answer
+            # Else it was this thread that worked for the round, and the answer is sent. (Nothing
+            # can fail here any more once another thread is to answer.)
+            if self.state.is_answering():
                 self.refuse(Refusal(503, "the server has not enough memory for this request"))
         except Exception:
             report_bug()
@@ -1198,7 +1202,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         secret = self.server.authorization
         if secret is None:
             check_local(self.headers)
-        elif self.resource() != "/health":
+        elif self.resource() != "/health":  # for which load balancers ask without a secret
             check_authorization(self.headers, secret)
 
     def resource(self):
@@ -1296,6 +1300,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not body.strip():
             raise Refusal(400, "the body is empty")
         try:
+            # Many senders end the line; without its end, most events are plain.
             line = judge_event(body.removesuffix(b"\n"))
         except ValueError as error:
             raise Refusal(400, str(error)) from None
@@ -1630,8 +1635,8 @@ class Worker:
         return first_id
 
     def look_after(self):
-        """Again and again, cut off the connections that are past their deadlines, and say when
-        memory begins to be short and when it is no more."""
+        """Until the worker stops, for which there is another bound, cut off the connections that
+        are past their deadlines, and say when memory begins to be short and when it is no more."""
         troubles = Troubles()
         while not self.stopping:
             time.sleep(DRAIN_SECONDS / 4)
@@ -1774,7 +1779,7 @@ class Supervisor:
             return
         self._quick_deaths += 1
         if self._quick_deaths >= QUICK_DEATHS:
-            warn(f"The server ends: {QUICK_DEATHS} workers in a row ended when they had begun.")
+            warn(f"The server ends: {QUICK_DEATHS} workers in a row ended soon after their start.")
             self._status = 1
             self._stop()
 
@@ -1783,6 +1788,7 @@ class Supervisor:
         if not self._is_missing_one():
             return
         time.sleep(RESTART_SECONDS)
+        # If the server is told to stop meanwhile, the lifeline tells the new worker, too.
         try:
             self._start_worker()
         except OSError as error:  # there is no room for another process now
@@ -1862,7 +1868,7 @@ SCHEMES = (
 
 def read_authorization():
     """Return the value that the Authorization header must have, None if EVENTS_AUTHORIZATION is
-    not set; or raise Failure when it holds no secret."""
+    not set; or raise Failure, with words for doing(), when it holds no secret."""
     value = os.environb.get(b"EVENTS_AUTHORIZATION")
     if value is None:
         return None
@@ -1892,7 +1898,7 @@ def listen(host, port):
 
 
 def check_listener(listener):
-    """Raise Failure if others than this machine can reach the listener."""
+    """Raise Failure, with words for doing(), if others than this machine can reach the listener."""
     host, *_ = listener.getsockname()
     if not ipaddress.ip_address(host).is_loopback:
         raise Failure(

@@ -344,6 +344,14 @@ socket.socket.accept = accept
         self.assertEqual(server.post(EVENT)[0], 200)
         self.assertEqual(server.stop(), 0)
 
+    def test_a_server_that_is_told_to_stop_before_it_replaces_a_worker_stops(self):
+        server = Server(self, "--workers", "1", patch="server.RESTART_SECONDS = 1")
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGKILL)
+        wait_until(server.said, "its end is noticed")
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.said(), ["A worker ended with status -9; starting another."])
+
     def test_a_worker_that_stands_still_keeps_no_server_from_its_end(self):
         server = Server(self, patch="server.STOP_SECONDS = server.KILL_SECONDS = 0.2")
         workers = server.workers()
