@@ -61,7 +61,7 @@ BATCH_BYTES = 512 * 1024
 FIRST_BATCH_BYTES = 64 * 1024
 # Bytes below which batches do not become smaller: the slowest line can carry these.
 SMALLEST_BATCH_BYTES = 4 * 1024
-# A batch that is too slow is sent again in so many parts.
+# A batch that is too slow is sent again in so many parts, and the next ones are as small as these.
 PARTS = 8
 # Seconds within which an answer says that the next batch may be larger.
 FAST_ANSWER_SECONDS = 1.0
@@ -620,7 +620,7 @@ class Batch(typing.NamedTuple):
     end: int = 0  # where it ends in the file, in bytes; a part that is sent again has none
 
     def parts(self):
-        """Return at most PARTS batches with the same lines, which are two at least."""
+        """Return the same lines, which are two at least, as up to PARTS batches."""
         lines = self.body.split(b"\n")
         lines.pop()  # what is behind the last line end: nothing
         step = math.ceil(self.lines / PARTS)
