@@ -99,7 +99,7 @@ MAX_BACKOFF_SECONDS = 5.0
 # Seconds without success are counted in steps of this length. After the first step, we say that we
 # wait. We do the same when stdout does not take the receipt.
 STEP_SECONDS = 1.0
-# Seconds that a line on stderr waits for a reader that is only slow.
+# Seconds that a line on stderr, or the help, waits for a reader that is only slow.
 READER_SECONDS = 0.1
 
 JSON = "application/json"
@@ -372,13 +372,17 @@ class Progress(typing.NamedTuple):
     accepted: int = 0  # events
     rejected: int = 0  # events
 
+    def words(self):
+        """Return how many events were answered, in words."""
+        return f"{self.accepted:,} events accepted, {self.rejected:,} rejected"
+
 
 class Note(typing.NamedTuple):
     """A line of FILE.delivery behind the first one."""
 
     progress: Progress  # when it was written
     rejected_lines: list  # since the note before, as they were sent, in bytes, without line ends
-    rejected_name: str = None  # of the file that gets the rejected lines of all notes
+    rejected_name: str | None = None  # of the file that gets the rejected lines of all notes
 
     def encode(self):
         """Return the line, in bytes."""
@@ -406,7 +410,10 @@ def decode_line(line):
     """Return the fields that encode_line() was given, or None if line is not what it returned, with
     or without its line end."""
     fields = decode_object(line)
-    if fields is None or fields.pop("crc32", None) != checksum(fields):
+    if fields is None:
+        return None
+    crc32 = fields.pop("crc32", None)
+    if crc32 != checksum(fields):
         return None
     return fields
 
@@ -473,16 +480,16 @@ class StateFile:
 
     def load(self, restart):
         """Learn the state of the unfinished delivery, and return the Content that it is of; or
-        return None to begin one, with restart in any case. Raise Failure if neither is right."""
+        return None to begin one, with restart in any case but one: a file that client.py did not
+        write is never overwritten. Raise Failure if neither is right."""
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
-            line = file.readline(MAX_NOTE_BYTES)
-        written = line.rstrip(b"\0")  # a power cut can leave these
-        if not written.startswith(STATE_BEGINNING) and not STATE_BEGINNING.startswith(written):
+            line = file.readline(MAX_NOTE_BYTES).rstrip(b"\0")  # a power cut can leave these
+        if not line.startswith(STATE_BEGINNING) and not STATE_BEGINNING.startswith(line):
             words = f"{self.path} was not written by client.py, or is damaged."
             raise Failure(f"{words} Restore it, or rename it to begin a new delivery; {TWICE}")
         # A first line that was not written to its end means that nothing was sent.
-        is_whole = b"}" in written or written.endswith(b"\n")
+        is_whole = b"}" in line or line.endswith(b"\n")
         if restart or not is_whole:
             return None
         state = decode_line(line)
@@ -519,15 +526,6 @@ class StateFile:
                     return
                 end += len(line)
                 yield note, end
-
-    def is_complete(self, content):
-        """Tell whether every line of the content is answered, and the rejected ones, if there are
-        any, have been handed to the user."""
-        if self.progress.rejected:
-            path = self.rejected_path
-            if path is None or os.path.lexists(unfinished_path(path)):
-                return False
-        return self.progress.offset == content.size
 
     def begin(self, content):
         """Begin a delivery under a new producer id; return when that is durable, or raise
@@ -640,8 +638,9 @@ def make_batch(first, lines):
 class BatchSize:
     """How large the next batch may be.
 
-    The threads of requests change it and the main thread reads it. It is only a guess, which
-    nobody changes in two steps, so that it needs no lock.
+    The main thread sets lines before the first batch, and reads both; the threads of requests
+    change bytes. It is only a guess, so that it needs no lock: two of them may overwrite each
+    other's change.
 
     lines  at most
     bytes  at most, unless a line alone is longer
@@ -747,8 +746,8 @@ class Source:
     def _read(self, length):
         """Return at most length bytes that follow on _offset, or raise Failure if there are none.
 
-        If they reach the end of the file, its last line gets the line end that it may lack, also
-        when nothing else is left.
+        If fewer than length bytes are left, what is returned ends with a line end, also if nothing
+        is left (then it is the line end alone).
         """
         left = self.content.size - self._offset
         data = os.pread(self._fd, min(length, left), self._offset)
@@ -1042,7 +1041,7 @@ class Answer(typing.NamedTuple):
         return decode_object(self.payload)
 
     def error(self):
-        """Return the error that a JSON answer states, or None."""
+        """Return the error that an answer states in JSON, whatever media type it names, or None."""
         error = (decode_object(self.payload) or {}).get("error")
         if isinstance(error, str):
             return shortened(error)
@@ -1383,6 +1382,8 @@ def unfinished_path(path):
 def check_rejected_path(path):
     """Raise Failure unless the file of rejected lines can get this name."""
     try:
+        # We ask whether the longer one of its two names is possible. What stands there is a killed
+        # client's, and is replaced.
         os.lstat(unfinished_path(path))
     except FileNotFoundError:
         pass
@@ -1499,7 +1500,7 @@ def parse_command_line(arguments):
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="send the whole file as a new delivery in any case",
+        help="send the whole file as a new delivery",
     )
     parser.color = False  # Python 3.14 would use escapes, which are not printed
     options = parser.parse_args(arguments)
@@ -1526,6 +1527,7 @@ def deliver_file(options):
     """Deliver a file and print the receipt; return the exit status, or raise Failure or OSError."""
     begun = time.monotonic()
     path = os.path.realpath(options.file)  # a file has one delivery, whichever link leads to it
+    # The source file is opened first: where there is none, no state file is made.
     with contextlib.closing(Source(options.file, path)) as source:
         with contextlib.closing(StateFile(path)) as state:
             begin_or_resume(state, source, options.restart)
@@ -1550,16 +1552,9 @@ def begin_or_resume(state, source, restart):
     elif unfinished == source.content:
         state.resume()
         warn(f"{source.name}: going on with the delivery that was interrupted.")
-    elif state.is_complete(unfinished):
-        raise Failure(
-            f"{source.name} has changed since its content before was delivered whole "
-            f"({state.progress.accepted:,} events accepted, {state.progress.rejected:,} rejected).",
-            f"If it holds new events alone, remove {state.path} and run this command again. "
-            "Events that it held before would count twice.",
-        )
     else:
-        words = f"{source.name} has changed since its unfinished delivery began."
-        raise Failure(f"{words} {RESTART_ADVICE}")
+        words = f"{source.name} has changed since its unfinished delivery began"
+        raise Failure(f"{words} (so far {state.progress.words()}). {RESTART_ADVICE}")
 
 
 def send(state, source, options):
@@ -1609,7 +1604,7 @@ def what_changed(source, state):
     if not source.is_unchanged():
         return (
             ". What was sent is what was read, a part of it before and a part after the change: "
-            "compare it with the sums."
+            "compare the revenue of its users with it."
         )
     if not source.has_same_size():
         return (
@@ -1649,9 +1644,8 @@ def finish(state, source, rejected_path, begun):
         else:
             warn(f"The rejected lines were put into {state.rejected_path} by an earlier run.")
     seconds = time.monotonic() - begun
-    counts = f"{progress.accepted:,} events accepted, {progress.rejected:,} rejected"
     try:
-        print_receipt(f"{counts}, in {seconds:.1f} s")
+        print_receipt(f"{progress.words()}, in {seconds:.1f} s")
     except OSError as error:
         words = f"All is delivered, but the receipt cannot be printed: {words_of(error)}."
         advice = "Run this command again to get it; nothing is sent again."
