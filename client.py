@@ -1604,7 +1604,7 @@ def what_changed(source, state):
     if not source.is_unchanged():
         return (
             ". What was sent is what was read, a part of it before and a part after the change: "
-            "compare the revenue of its users with it."
+            "check the revenue of its users."
         )
     if not source.has_same_size():
         return (
