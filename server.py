@@ -615,11 +615,10 @@ class Revenues:
 
     def _answer_round(self, members):
         """Answer the members of a round; return why the database did not, or ""."""
-        users = list({member.item for member in members})
-        deadline = time.monotonic() + QUERY_SECONDS
         reason = ""
         try:
-            revenues = self._query(users, deadline)
+            users = list({member.item for member in members})
+            revenues = self._query(users, time.monotonic() + QUERY_SECONDS)
         except TimeoutError:
             reason = f"it did not answer within {QUERY_SECONDS} s"
         except Exception as error:  # whatever it is: everyone gets an answer
