@@ -832,22 +832,19 @@ def connect_to(target, timeout, failures):
     seconds = min(CONNECT_SECONDS, timeout / len(found))
     reasons = []
     for family, kind, protocol, _, address in found:
+        connection = None
         try:
             connection = socket.socket(family, kind, protocol)
-        except OSError as error:
-            reasons.append(words_of(error))
-            continue
-        try:
             connection.settimeout(seconds)
             connection.connect(address)
             set_probes(connection)
+            connection.settimeout(STALL_SECONDS)
+            return connection, address
         except OSError as error:
-            connection.close()
             failures[address] = time.monotonic()
             reasons.append(f"{address[0]}: {words_of(error)}")
-            continue
-        connection.settimeout(STALL_SECONDS)
-        return connection, address
+            if connection:
+                connection.close()
     raise ConnectFailed("; ".join(reasons))
 
 
