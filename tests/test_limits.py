@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import math
 import os
 import resource
 import select
@@ -330,6 +331,17 @@ class Room(RequestTest):
             finally:
                 over.set()
                 thread.join(20)
+
+    def test_whoever_has_just_sent_something_is_not_closed_at_once(self):
+        settings = {"MAX_CONNECTIONS": 1, "ROOM_SECONDS": 60}
+        with serving(unittest.mock.Mock(failure=""), **settings) as worker:
+            first = self.connect(worker)
+            self.assertHealthy(first)
+            second = self.connect(worker)
+            wait_until(lambda: worker._crowded_since < math.inf, "the second one waits for room")
+            self.assertHealthy(first)
+            first.close()
+            self.assertHealthy(second)
 
     def test_a_peer_who_reads_nothing_makes_room_at_once(self):
         bad = post(body=b"x\n" * 10_000, media="application/x-ndjson")
