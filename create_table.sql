@@ -395,8 +395,6 @@ BEGIN
     BEGIN
         SELECT system_identifier || '.' || oid INTO database
         FROM pg_control_system(), pg_database WHERE datname = current_database();
-        SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
-        FROM pg_class WHERE oid = ANY (tables);
         LOOP
             -- Others may count meanwhile. So first the stamps are read, and then, in one statement,
             -- which sees one moment, what the tables hold: it may be more than the stamps say, not
@@ -420,6 +418,8 @@ BEGIN
             IF new_stamp = ALL (stamps) THEN
                 RETURN;
             END IF;
+            SELECT bool_and(pg_has_role(relowner, 'USAGE')) INTO may_stamp
+            FROM pg_class WHERE oid = ANY (tables);
             EXIT WHEN is_locked OR NOT may_stamp;
 
             -- This is to be stamped. But another one may have counted and stamped since the tables
