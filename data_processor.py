@@ -340,7 +340,11 @@ BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 def is_utf8(data):
     """Tell whether data is strict UTF-8."""
-    return data.isascii() or data.decode(errors="ignore").encode() == data
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def check(condition, rule):
