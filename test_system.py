@@ -49,6 +49,7 @@ PROMISES = {
     "test_durability_disk": "It survives a disk that is full, slow or broken.",
     "test_processes": "The server's processes are replaced when they die, and stop in time.",
     "test_networks": "Foreign answers, slow networks and stuck streams harm no delivery.",
+    "test_tls_and_proxies": "A delivery goes through TLS and through proxies.",
     "test_delivery": "A file is delivered once, whatever is killed in between.",
     "test_continued": "A delivery that was interrupted anywhere goes on where it was.",
     "test_lines": "Each line of a file is delivered or rejected, and a rejected one is kept.",
