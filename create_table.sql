@@ -431,13 +431,13 @@ BEGIN
                                 = new_stamp::jsonb - '{shape, files}'::text[])
                 FROM unnest(stamps) AS stamp) THEN
                 BEGIN
-                    LOCK TABLE users_revenue, event_producers, event_logs
+                    LOCK TABLE ONLY users_revenue, ONLY event_producers, ONLY event_logs
                         IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
                 EXCEPTION
                     WHEN lock_not_available THEN EXIT;
                 END;
             ELSE
-                LOCK TABLE users_revenue, event_producers, event_logs
+                LOCK TABLE ONLY users_revenue, ONLY event_producers, ONLY event_logs
                     IN SHARE UPDATE EXCLUSIVE MODE;
             END IF;
             is_locked := true;

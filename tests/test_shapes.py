@@ -358,6 +358,12 @@ class Shape(SystemTest):
             self.processor(log)
         self.assertRevenue({"user1": 2})
 
+    def test_the_first_events_are_counted_while_a_partition_is_vacuumed(self):
+        query(PARTITIONED)
+        with open_transaction("LOCK TABLE part0 IN SHARE UPDATE EXCLUSIVE MODE"):
+            self.processor(self.path("log", with_id("p", 1)))
+        self.assertRevenue({"user1": 1})
+
     def test_a_path_to_temporary_tables_alone_is_refused(self):
         dsn = database_url(options="-c search_path=pg_temp")
         _, errors = self.processor(self.path("log", with_id("p", 1)), status=1, DATABASE_URL=dsn)
