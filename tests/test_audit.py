@@ -157,6 +157,20 @@ class Audit(SystemTest):
         output, _ = self.processor("--verify", log, status=1, DATABASE_URL=dsn)
         self.assertIn("user1: 5 in users_revenue, 1 in the logs, difference 4", output)
 
+    def test_users_whom_a_policy_hides_are_no_difference(self):
+        log = self.path("log", with_id("p", 1))
+        self.processor(log)
+        query(
+            "DROP ROLE IF EXISTS events_test_reader; CREATE ROLE events_test_reader;"
+            "GRANT SELECT ON users_revenue, event_producers, event_logs TO events_test_reader;"
+            "ALTER TABLE users_revenue ENABLE ROW LEVEL SECURITY"
+        )
+        self.addCleanup(query, "DROP OWNED BY events_test_reader; DROP ROLE events_test_reader")
+        reader = {"PGOPTIONS": "-c role=events_test_reader"}
+        output, errors = self.processor("--verify", log, status=1, **reader)
+        self.assertEqual(output, "")
+        self.assertIn('row-level security policy for table "users_revenue"', errors)
+
     def test_a_log_that_cannot_be_read_is_no_agreement(self):
         self.processor(self.path("log", EVENT + b"\n"))
         output, errors = self.processor("--verify", "log", "missing", status=1)
