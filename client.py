@@ -57,9 +57,8 @@ Example: python client.py events.jsonl --url http://localhost:8000/liveEvent
 
 # Bytes of a request's body, at most. The server takes 1 MiB.
 BATCH_BYTES = 512 * 1024
-# Bytes of the first batches: a slow line can carry these in time.
-FIRST_BATCH_BYTES = 64 * 1024
-# Bytes below which batches do not become smaller: the slowest line can carry these.
+# Bytes of the first batches, and those below which batches do not become smaller: the slowest line
+# and the slowest server can take these in time. Each fast answer doubles them.
 SMALLEST_BATCH_BYTES = 4 * 1024
 # A batch that is too slow is sent again in so many parts, and the next ones are as small as these.
 PARTS = 8
@@ -648,7 +647,7 @@ class BatchSize:
 
     def __init__(self, lines):
         self.lines = lines
-        self.bytes = FIRST_BATCH_BYTES
+        self.bytes = SMALLEST_BATCH_BYTES
 
     def answered_after(self, seconds):
         """Let batches grow while answers come fast."""
@@ -1156,9 +1155,9 @@ class Sender:
         authorization = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
         if authorization:
             self._headers["Authorization"] = authorization
-        # Half of the patience, so that what gets no answer in time can be sent again before we give
-        # up: the same request, or a part of the batch.
-        self._answer_seconds = min(max(give_up_after / 2, STALL_SECONDS), LONGEST_WAIT_SECONDS)
+        # As long as we would wait for any success: once it is over, only a success of another
+        # request leaves time to send the batch again.
+        self._answer_seconds = min(max(give_up_after, STALL_SECONDS), LONGEST_WAIT_SECONDS)
         self._proxy = find_proxy(url)
         self._opener = make_opener(url, self._proxy)
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)

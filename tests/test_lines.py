@@ -89,7 +89,7 @@ class Lines(ClientTest):
 
     def test_batches_are_the_lines_of_the_file(self):
         chance = random.Random(5)
-        sizes = {"BATCH_BYTES": 64, "FIRST_BATCH_BYTES": 64}
+        sizes = {"BATCH_BYTES": 64, "SMALLEST_BATCH_BYTES": 64}
         for _ in range(300):
             lines = chance.choices(self.ODD_LINES, k=chance.randrange(60))
             text = b"\n".join(lines) + chance.choice([b"", b"\n"])

@@ -255,21 +255,23 @@ class Patient(ClientTest):
                     len({headers["Producer-Id"] for headers, _ in server.posts}), 1
                 )
 
-    def test_there_is_time_for_the_parts_of_a_batch_that_got_no_answer(self):
+    def test_the_first_batches_are_so_small_that_a_slow_server_takes_them_in_time(self):
         sizes = []
 
         def answer(_number, body):
             lines = body.count(b"\n")
             sizes.append(lines)
-            time.sleep(0.4 * lines)
+            time.sleep(0.002 * lines)
             return 200, {}, b'{"accepted": %d, "rejected": []}' % lines
 
-        self.path("events.jsonl", (EVENT + b"\n") * 8)
+        # In one batch, these lines would need twice as long as the client waits for a success.
+        self.path("events.jsonl", (EVENT + b"\n") * 1000)
+        patch = "client.STALL_SECONDS = 0.5; client.FAST_ANSWER_SECONDS = 0.1"
         with Recorder(options=[BATCHES], post=answer) as server:
-            arguments = ("--url", server.url, "--give-up-after", 2)
-            run = self.run_client(*arguments, patch="client.STALL_SECONDS = 0.5")
-        self.assertEqual((run[0], sizes), (0, [8] + [1] * 8), run[2])
-        self.assertIn("8 events accepted", run[1])
+            arguments = ("--url", server.url, "--give-up-after", 1)
+            run = self.run_client(*arguments, patch=patch)
+        self.assertEqual((run[0], sum(sizes)), (0, 1000), (sizes, run[2]))
+        self.assertIn("1,000 events accepted", run[1])
 
     def test_batches_grow_with_fast_answers_and_shrink_after_time_outs(self):
         size = client_module.BatchSize(5000)
