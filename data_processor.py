@@ -1872,6 +1872,10 @@ class Applier:
                 self.say_trouble(path, error)
             return None
 
+    def close(self, log):
+        """Close a log that open() has returned."""
+        log.close()
+
     def say_trouble(self, path, error):
         """Name the log at path and the OSError that keeps it from being applied, once."""
         self.failed = True
@@ -1881,10 +1885,6 @@ class Applier:
         elif error.errno == errno.ENOENT and path in self.paths:
             words += "; start server.py in its directory, or name another log"
         self.troubles.begin(path, f"{words}.")
-
-    def close(self, log):
-        """Close a log that open() has returned."""
-        log.close()
 
     def is_done(self, log):
         """Tell whether the file of an open log was done since it is that log, also if it has grown
