@@ -343,5 +343,6 @@ data_processor.connect = connect
             self.assertIsInstance(answers[0], server_module.NoAnswer)
         with warnings_of(data_processor) as said_again:
             self.assertEqual(find_revenues(database, ["user1"]), [None])
-        self.assertEqual(said, ["The database: There is no room for a thread: can't start new thread."])
+        words = "The database: There is no room for a thread: can't start new thread."
+        self.assertEqual(said, [words])
         self.assertEqual(said_again, ["The database: it answers again."])
