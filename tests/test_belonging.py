@@ -6,7 +6,7 @@ import subprocess
 import unittest.mock
 
 import data_processor
-from tests.tools import HERE, SystemTest, wait_until
+from tests.tools import HERE, SystemTest, next_line, wait_until
 from tests.tools_database import (  # noqa: F401
     database_url,
     empty_tables,
@@ -169,7 +169,7 @@ class Belonging(SystemTest):
         query("DELETE FROM users_revenue")
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(with_id("p", 302))
-        self.assertIn("users_revenue was emptied", follower.stderr.readline())
+        self.assertIn("users_revenue was emptied", next_line(follower.stderr))
         self.assertRevenue({})
 
     def test_a_comment_that_was_replaced_is_stamped_again(self):

@@ -1,5 +1,6 @@
 """What the client prints."""
 
+import contextlib
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ import termios
 from unittest import mock
 
 import client as client_module
-from tests.tools import TEXT, Server, fill, free_port, open_terminal
+from tests.tools import TEXT, Server, fill, free_port, next_line, open_terminal, wait_until
 from tests.tools_client import ClientTest
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in
@@ -87,6 +88,7 @@ class ClientWords(ClientTest):
     def test_how_many_lines_were_dropped_is_said(self):
         receiver, sender = os.pipe()
         self.addCleanup(os.close, receiver)
+        os.set_blocking(receiver, False)  # what is not there yet does not come
         with open(sender, "w") as stream, mock.patch.object(sys, "stderr", stream):
             lines = 0
             while not client_module.STDERR.dropped:
@@ -113,11 +115,17 @@ class ClientWords(ClientTest):
         ) as client:
             self.addCleanup(client.kill)
             os.close(full)
-            self.assertIn("The receipt waits for stdout", client.stderr.readline())
+            self.assertIn("The receipt waits for stdout", next_line(client.stderr))
             self.assertTrue(self.state.read_bytes())
-            printed = b""
-            while not printed.endswith(b" s\n"):
-                printed += os.read(receiver, 100_000)
+            printed = bytearray()
+            os.set_blocking(receiver, False)
+
+            def printed_all():
+                with contextlib.suppress(BlockingIOError):
+                    printed.extend(os.read(receiver, 100_000))
+                return printed.endswith(b" s\n")
+
+            wait_until(printed_all, "the receipt is printed")
             self.assertEqual(client.wait(20), 0)
         self.assertIn(b"x1 events accepted, 0 rejected", printed)
         self.assertFalse(self.state.exists())
@@ -125,6 +133,7 @@ class ClientWords(ClientTest):
     def test_progress_fits_the_terminal(self):
         terminal_side, terminal = open_terminal()
         self.addCleanup(os.close, terminal_side)
+        os.set_blocking(terminal_side, False)
         termios.tcsetwinsize(terminal, (24, 20))
         with open(terminal, "w") as stream, mock.patch.object(sys, "stderr", stream):
             client_module.show_progress("1234567890" * 10)

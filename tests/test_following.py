@@ -185,7 +185,7 @@ class Following(SystemTest):
             )
         finally:
             follower.terminate()
-            self.assertNotIn("Too many", follower.communicate()[1])
+            self.assertNotIn("Too many", follower.communicate(timeout=20)[1])
 
     def test_an_outage_is_said_when_it_begins_and_when_it_ends(self):
         log = self.path("log", with_id("p", 1))

@@ -10,7 +10,7 @@ import unittest
 import unittest.mock
 
 import client as client_module
-from tests.tools import Server, free_port, wait_until
+from tests.tools import Server, free_port, next_line, wait_until
 from tests.tools_client import ClientTest
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in, write_events
@@ -25,7 +25,7 @@ class Requests(ClientTest):
         port = free_port()
         write_events(self.path("events.jsonl"), 3)
         client = self.start("client.py", "--url", f"http://localhost:{port}/liveEvent")
-        self.assertIn("Waiting for http://localhost", client.stderr.readline())
+        self.assertIn("Waiting for http://localhost", next_line(client.stderr))
         Server(self, port=port)
         output, errors = client.communicate(timeout=20)
         self.assertEqual(

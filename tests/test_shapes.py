@@ -3,7 +3,7 @@
 import os
 from decimal import Decimal
 
-from tests.tools import SystemTest, wait_until
+from tests.tools import SystemTest, next_line, wait_until
 from tests.tools_database import database_url, open_transaction, query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
 
@@ -235,9 +235,9 @@ class Shape(SystemTest):
         query("ALTER TABLE users_revenue ALTER revenue TYPE numeric(12,3)")
         with open(log, "a", encoding="utf-8") as file:
             file.write(with_id("p", 2, "u", "0.0004"))
-        self.assertIn("numeric(12,3)", follower.stderr.readline())
+        self.assertIn("numeric(12,3)", next_line(follower.stderr))
         query("ALTER TABLE users_revenue ALTER revenue TYPE numeric")
-        self.assertIn("they are applied again", follower.stderr.readline())
+        self.assertIn("they are applied again", next_line(follower.stderr))
         ((revenue,),) = query("SELECT trim_scale(revenue)::text FROM users_revenue")
         self.assertEqual(revenue, "0.0044")
 
@@ -343,9 +343,9 @@ class Shape(SystemTest):
         query("ALTER TABLE part0 SET UNLOGGED")
         with open(log, "a", encoding="utf-8") as file:
             file.write(with_id("p", 2, "Alice"))
-        self.assertIn("part0 is emptied when PostgreSQL crashes", follower.stderr.readline())
+        self.assertIn("part0 is emptied when PostgreSQL crashes", next_line(follower.stderr))
         query("ALTER TABLE part0 SET LOGGED")
-        self.assertIn("they are applied again", follower.stderr.readline())
+        self.assertIn("they are applied again", next_line(follower.stderr))
         self.assertRevenue({"Alice": Decimal("1.004")})
 
     def test_an_index_is_created_concurrently_while_events_are_counted(self):

@@ -5,7 +5,7 @@ import re
 import unittest.mock
 
 import data_processor
-from tests.tools import SystemTest
+from tests.tools import SystemTest, next_line
 from tests.tools_database import query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
 from tests.tools_parts import captured, opened_follower
@@ -333,10 +333,10 @@ class FromStart(SystemTest):
         log = self.path("log", with_id("p", 1))
         self.processor(log)
         follower = self.start("data_processor.py", "--follow", "--from-start", log)
-        self.assertIn("0 applied, 1 repeated", follower.stdout.readline())
+        self.assertIn("0 applied, 1 repeated", next_line(follower.stdout))
         with open(log, "a", encoding="utf-8") as file:
             file.write(with_id("p", 2))
-        self.assertIn("1 applied, 0 repeated", follower.stdout.readline())
+        self.assertIn("1 applied, 0 repeated", next_line(follower.stdout))
 
     def test_a_log_is_read_from_its_start_again_on_a_new_connection(self):
         log = str(self.path("log", with_id("p", 1) + with_id("p", 2)))

@@ -13,7 +13,15 @@ import unittest.mock
 import psycopg2
 
 import data_processor
-from tests.tools import SystemTest, alive, children_of, fill, open_terminal, wait_until
+from tests.tools import (
+    SystemTest,
+    alive,
+    children_of,
+    fill,
+    next_line,
+    open_terminal,
+    wait_until,
+)
 from tests.tools_database import (
     drop_tables,
     open_transaction,
@@ -93,7 +101,7 @@ class Locks(SystemTest):
         with open_transaction("UPDATE users_revenue SET revenue = revenue") as connection:
             quick = "data_processor.LOCK_SECONDS = 0.2"
             run = self.start("data_processor.py", log, patch=quick)
-            self.assertIn("Waiting: users_revenue is locked", run.stderr.readline())
+            self.assertIn("Waiting: users_revenue is locked", next_line(run.stderr))
             connection.rollback()
         _, errors = run.communicate(timeout=30)
         self.assertEqual(run.returncode, 0, errors)
@@ -400,6 +408,7 @@ class Output(SystemTest):
 
     def test_progress_fits_into_a_line_of_the_terminal(self):
         reading, writing = open_terminal()
+        os.set_blocking(reading, False)
         with open(writing, "w", encoding="utf-8") as terminal:
             size = unittest.mock.patch.object(
                 os, "get_terminal_size", lambda fd: os.terminal_size((20, 5))

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -42,6 +43,17 @@ def wait_until(condition, what, seconds=20):
             return result
         time.sleep(0.01)
     raise AssertionError(f"waited {seconds} s in vain until {what}")
+
+
+def next_line(stream, seconds=60):
+    """Return the next line that a process prints to a stream, "" at its end, or fail."""
+    lines = []
+    reader = threading.Thread(target=lambda: lines.append(stream.readline()), daemon=True)
+    reader.start()
+    reader.join(seconds)
+    if not lines:
+        raise AssertionError(f"waited {seconds} s in vain for a line")
+    return lines[0]
 
 
 def alive(pid):
@@ -164,7 +176,7 @@ class Server:
                 **TEXT,
             )
         test.addCleanup(self.check_and_end, test)
-        self.announcement = self.process.stdout.readline()
+        self.announcement = next_line(self.process.stdout)
         if not self.announcement:
             raise AssertionError(f"the server did not start: {self.printed()}")
         self.port = int(re.search(r":(\d+),", self.announcement)[1])
