@@ -33,6 +33,10 @@ class Shape(SystemTest):
             "ALTER TABLE event_producers SET UNLOGGED",
             "event_producers is empt",
         ),
+        "unlogged logs": (
+            "ALTER TABLE event_logs SET UNLOGGED",
+            "event_logs is emptied when PostgreSQL crashes",
+        ),
         "an heir": (
             "CREATE TABLE heir () INHERITS (users_revenue)",
             "has the inheritance child heir",
@@ -305,13 +309,21 @@ class Shape(SystemTest):
         self.assertRevenue({"user1": 1})
 
     def test_what_is_no_table_is_refused(self):
-        kinds = {"a view": "VIEW", "a materialized view": "MATERIALIZED VIEW"}
-        for what, kind in kinds.items():
-            with self.subTest(what):
+        query("DROP FOREIGN DATA WRAPPER IF EXISTS elsewhere CASCADE")
+        query("CREATE FOREIGN DATA WRAPPER elsewhere")
+        self.addCleanup(query, "DROP FOREIGN DATA WRAPPER elsewhere CASCADE")
+        query("CREATE SERVER there FOREIGN DATA WRAPPER elsewhere")
+        kinds = {
+            "VIEW": "AS SELECT * FROM renamed",
+            "MATERIALIZED VIEW": "AS SELECT * FROM renamed",
+            "FOREIGN TABLE": "(user_id text, revenue numeric) SERVER there",
+        }
+        for kind, content in kinds.items():
+            with self.subTest(kind):
                 self.setUp()
                 query(
                     "ALTER TABLE users_revenue RENAME TO renamed;"
-                    f"CREATE {kind} users_revenue AS SELECT * FROM renamed"
+                    f"CREATE {kind} users_revenue {content}"
                 )
                 try:
                     _, errors = self.processor(self.path("log", with_id("p", 1)), status=1)
