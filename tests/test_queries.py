@@ -77,13 +77,37 @@ class Asking(SystemTest):
         self.assertEqual(server.ask("GET", "/health")[0], 200)
         self.assertEqual(len(ids_in(server.log)), 1)
 
-    def test_a_database_that_hangs_starves_no_post(self):
+    def test_a_query_that_hangs_starves_no_post(self):
+        over = self.path("over")
+        server = Server(
+            self,
+            "--workers",
+            "1",
+            patch=f"""
+import os, time
+def wait_for(connection, deadline, real=server.wait_for):
+    open("begun", "w").close()
+    while not os.path.exists({str(over)!r}):
+        time.sleep(0.01)
+    real(connection, deadline)
+server.wait_for = wait_for
+""",
+        )
+        asking, statuses = self.ask_at_once(server, 20)
+        wait_until(self.path("begun").exists, "a query hangs")
+        self.assertEqual(server.post(EVENT)[0], 200)
+        self.assertEqual(statuses, [])
+        over.touch()
+        for thread in asking:
+            thread.join(20)
+        self.assertEqual(len(statuses), 20)
+
+    def test_a_database_that_hangs_is_not_waited_for_long(self):
         server = Server(self, "--workers", "1")
         self.assertEqual(server.ask("GET", USER1)[0], 404)
         with locked_users():
             asking, statuses = self.ask_at_once(server, 20)
             self.assertEqual(server.post(EVENT)[0], 200)
-            self.assertTrue(all(thread.is_alive() for thread in asking))
             self.assertEqual(server.ask("GET", USER1)[0], 503)
             for thread in asking:
                 thread.join()
