@@ -43,13 +43,23 @@ class Processes(SystemTest):
             self.assertEqual(len(Server(self, log="second").workers()), 1)
 
     def test_a_server_that_stops_refuses_new_connections_at_once(self):
-        server = Server(self)
-        # Its answer, which it does not read, keeps the server for some seconds.
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.connect(("127.0.0.1", server.port))
-            deaf.sendall(post(body=b"x\n" * 10_000, media="application/x-ndjson") * 20)
-            time.sleep(0.5)
+        slow = self.path("slow")
+        server = Server(
+            self,
+            patch=f"""
+import os, time
+server.STOP_SECONDS = 60
+def sync(fd, real=server.sync_file):
+    while os.path.exists({str(slow)!r}):
+        time.sleep(0.01)
+    real(fd)
+server.sync_file = sync
+""",
+        )
+        slow.touch()
+        with server.connect() as wire:
+            wire.sendall(post(body=EVENT))
+            wait_until(server.log.read_bytes, "its line is written, and waits for the disk")
             server.process.terminate()
 
             def refused():
@@ -57,8 +67,10 @@ class Processes(SystemTest):
                     return False
                 return True
 
-            wait_until(refused, "it refuses connections", 5)
+            wait_until(refused, "it refuses connections")
             self.assertIsNone(server.process.poll(), "it ended before anything could be tested")
+            slow.unlink()
+            self.assertEqual(read_answer(wire)[0], 200)
         self.assertEqual(server.process.wait(20), 0)
 
     def test_a_worker_that_dies_is_replaced(self):
