@@ -28,6 +28,7 @@ import data_processor
 from tests.tools import README, TEXT, Server, SystemTest, blocks, free_port, wait_until
 from tests.tools_database import HERE, empty_tables, locked_users, query, setUpModule, waiting
 from tests.tools_events import EVENT, ids_in, oracle, write_events
+from tests.tools_http import Recorder
 
 # {file: what it tests}, from the promise itself to the tools
 PROMISES = {
@@ -401,6 +402,25 @@ class Readme(SystemTest):
         ids = ids_in(server.log)
         self.assertEqual([sequence for _, sequence in ids], [1, 2])
         self.assertEqual(len({producer for producer, _ in ids}), 1)
+
+    def test_the_safe_sender_takes_no_other_page_for_a_delivery(self):
+        (script,) = blocks("python")
+        pages = {
+            "a redirect": (302, {"Location": "/elsewhere"}, b'{"message": "Event received"}'),
+            "a page": (200, {"Content-Type": "text/html"}, b"<html>Down</html>"),
+            "other JSON": (200, {}, b'{"message": "Welcome"}'),
+        }
+        for case, page in pages.items():
+            last = 400, {}, b'{"error": "enough"}'
+            answers = [page, last]
+            with self.subTest(case), Recorder([last], lambda number, _: answers[number]) as server:
+                event = {"userId": "user1", "name": "add_revenue", "value": 1}
+                send = f"\nsend({event!r}, {server.url!r})\nprint('delivered')\n"
+                command = [sys.executable, "-c", script + send]
+                sender = subprocess.run(command, capture_output=True, timeout=60, **TEXT)
+                self.assertEqual(sender.stdout, "")
+                self.assertRegex(sender.stderr, "HTTP Error (302|400)")
+                self.assertEqual({body[:1] for _, body in server.posts}, {b"{"}, "no GET")
 
     def test_help_fits_a_screen(self):
         for script in self.SCRIPTS:
