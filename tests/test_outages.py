@@ -71,8 +71,8 @@ class Outages(SystemTest):
         place = psycopg2.extensions.parse_dsn(url)
         place.pop("user", None)
         without_user = psycopg2.extensions.make_dsn(**place)
-        # Some versions of psycopg2 drop words that are not UTF-8.
-        no_user = r"No database: (.*m.*ller|OperationalError)"
+        # Some versions of psycopg2 drop words that are not UTF-8: then the error's kind is said.
+        no_user = r"\ANo database: (.*m.*ller.*|OperationalError)\. Start PostgreSQL, or correct "
         cases = {
             "a user": ({"DATABASE_URL": without_user, "PGUSER": user}, no_user),
             "a URL": ({"DATABASE_URL": f"postgresql://{user}@localhost/x"}, "malformed"),
