@@ -15,6 +15,7 @@ from tests.tools import TEXT, Server, fill, free_port, next_line, open_terminal,
 from tests.tools_client import ClientTest
 from tests.tools_database import HERE, setUpModule
 from tests.tools_events import EVENT, ids_in
+from tests.tools_faults import MANY_DESCRIPTORS
 from tests.tools_http import BATCHES, Recorder
 
 
@@ -268,6 +269,12 @@ class ClientWords(ClientTest):
             "in a directory where it can write, then",
             errors,
         )
+
+    def test_descriptors_of_any_number_are_served(self):
+        server = Server(self)
+        self.path("events.jsonl", EVENT)
+        self.client("--url", server.url, patch=MANY_DESCRIPTORS)
+        self.assertEqual(len(ids_in(server.log)), 1)
 
     def test_a_missing_module_is_said_in_a_sentence(self):
         server = Server(self)

@@ -17,6 +17,7 @@ import server as server_module
 from tests.tools import Server, wait_until
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in
+from tests.tools_faults import MANY_DESCRIPTORS
 from tests.tools_http import chunked, post, read_answer, request, serving
 from tests.tools_parts import warnings_of
 from tests.tools_requests import RequestTest
@@ -449,13 +450,7 @@ class Room(RequestTest):
             self,
             "--workers",
             "1",
-            patch="""
-import os, resource
-hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-for _ in range(1100):
-    os.set_inheritable(os.open("/dev/null", os.O_RDONLY), True)
-""",
+            patch=MANY_DESCRIPTORS,
         )
         self.assertEqual(server.post(EVENT)[0], 200)
         self.assertEqual(server.ask("GET", "/userEvents/user1")[0], 404)

@@ -8,6 +8,7 @@ import data_processor
 from tests.tools import SystemTest, next_line
 from tests.tools_database import query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
+from tests.tools_faults import MANY_DESCRIPTORS
 from tests.tools_parts import captured, opened_follower
 
 
@@ -199,6 +200,10 @@ class OneTrouble(SystemTest):
                 )
                 _, errors = self.processor(log, status=1, patch=fail)
                 self.assertRegex(errors, r"\ANo [a-z ]*child process.*: none is left\.\n\Z")
+
+    def test_descriptors_of_any_number_are_served(self):
+        self.processor(self.path("log", with_id("p", 1)), patch=MANY_DESCRIPTORS)
+        self.assertRevenue({"user1": 1})
 
     def test_no_room_for_a_thread_is_said(self):
         full = (

@@ -17,6 +17,16 @@ import psycopg2
 import psycopg2.extensions
 
 
+# Python that opens more descriptors than select() can tell apart.
+MANY_DESCRIPTORS = """
+import os, resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+for _ in range(1100):
+    os.set_inheritable(os.open("/dev/null", os.O_RDONLY), True)
+"""
+
+
 class FaultyCalls:
     """The system calls of a script, one of which goes wrong.
 
