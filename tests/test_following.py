@@ -1,5 +1,6 @@
 """Rotated logs are found, and --follow reads on through rotations and outages."""
 
+import errno
 import fcntl
 import gzip
 import os
@@ -271,6 +272,43 @@ class Following(SystemTest):
                 printed(),
                 "^.*log.gz: cannot be decompressed: .*\n.*: 100 applied.*\n.*is read again.\n$",
             )
+
+    def test_a_log_that_cannot_be_read_to_its_end_makes_way_for_a_new_one(self):
+        lines = "".join(with_id("p", number) for number in range(1, 101)).encode()
+        whole = gzip.compress(lines)
+        cases = {
+            "a compressed log that was cut": ("log.gz", whole[:50], whole),
+            "a disk that cannot be read": ("log", lines, lines),
+        }
+        broken = []
+
+        def pread(fd, length, offset, real=os.pread):
+            if os.fstat(fd).st_ino in broken:
+                failed.append(fd)
+                raise OSError(errno.EIO, "Input/output error")
+            return real(fd, length, offset)
+
+        for case, (name, old, new) in cases.items():
+            empty_tables()
+            log = self.path(name, old)
+            broken[:] = [log.stat().st_ino]
+            failed = []
+            with (
+                self.subTest(case),
+                captured() as printed,
+                unittest.mock.patch.object(os, "pread", pread),
+                opened_follower(log) as follower,
+            ):
+                poll(follower)
+                self.assertEqual(query("SELECT revenue FROM users_revenue"), [])
+                self.assertIn(f"{name}: ", printed())
+                self.path("new", new).rename(log)
+                with unittest.mock.patch.object(data_processor, "LOCK_SECONDS", 0):
+                    for _ in range(3):
+                        poll(follower)
+                self.assertEqual(follower.renamed, [], "the old one is not kept")
+                self.assertTrue(failed or name == "log.gz", "no read failed")
+                self.assertRevenue({"user1": 100})
 
     def test_a_log_that_was_renamed_is_closed(self):
         log = self.path("log", with_id("p", 1))
