@@ -120,7 +120,7 @@ class OneTrouble(SystemTest):
 
     def test_a_rotated_log_that_vanishes_is_passed_over(self):
         log = self.path("log", with_id("p", 1))
-        vanishing = self.path("log.1", with_id("q", 1))
+        vanishing = self.path("log.1")
         vanish = (
             "import os\n"
             "opening = data_processor.LogReader.__init__\n"
@@ -129,10 +129,13 @@ class OneTrouble(SystemTest):
             "    opening(self, path)\n"
             "data_processor.LogReader.__init__ = vanish"
         )
-        _, errors = self.processor(log, patch=vanish)
-        self.assertEqual(errors, "")
-        self.assertFalse(vanishing.exists())
-        self.assertRevenue({"user1": 1})
+        for mode in ([], ["--verify"]):
+            with self.subTest(mode):
+                vanishing.write_text(with_id("q", 1), encoding="utf-8")
+                _, errors = self.processor(*mode, log, patch=vanish)
+                self.assertEqual(errors, "")
+                self.assertFalse(vanishing.exists())
+                self.assertRevenue({"user1": 1})
 
     def test_a_log_where_nothing_can_be_synced_is_read(self):
         log = self.path("log", with_id("p", 1))
