@@ -183,7 +183,8 @@ BEGIN
                           'ALTER TABLE %1$s DISABLE TRIGGER %2$I', tgrelid::regclass, tgname)
             FROM pg_trigger
             WHERE tgrelid = ANY (relations) AND tgrelid <> 'users_revenue'::regclass
-            AND tgparentid = 0 AND NOT tgisinternal AND tgenabled <> 'D')
+            AND tgparentid = 0  -- not a partition's copy of its parent's trigger
+            AND NOT tgisinternal AND tgenabled <> 'D')
 
         -- The columns hold every value exactly, and tell all keys apart. In event_producers and
         -- event_logs, what INSERT does not give has a default and is never NULL. (A column that
@@ -347,8 +348,8 @@ BEGIN
                         AND revenue = (SELECT sum(each) FROM unnest(amounts) AS each));
                     RAISE EXCEPTION USING ERRCODE = 'ZZZZZ';  -- takes the row back
                 EXCEPTION
-                    -- (Variables keep their values.) If the probe was refused, perhaps only its
-                    -- key was: is_as_written is NULL then, and other rows may be let through.
+                    -- ZZZZZ: variables keep their values. Anything else refused the probe, perhaps
+                    -- only its key: is_as_written is NULL then, and that is no fault.
                     WHEN OTHERS THEN NULL;
                 END;
                 IF NOT is_as_written THEN
@@ -461,6 +462,7 @@ BEGIN
                 xmin::text AS written_by, stamps[array_position(tables, oid)] AS stamp
             FROM pg_class WHERE oid = ANY (tables)
         ), named AS (
+            -- known: its own stamp or, if it has none, that of the others
             SELECT *, coalesce(stamp, max(stamp) OVER ())::jsonb AS known FROM stamped
         ), compared AS (
             SELECT *, known -> 'files' ->> name <> file AS has_new_file, coalesce(

@@ -105,9 +105,9 @@ READ_SECONDS = 15
 # A child that sends nothing for so long stands still, and is given up.
 SILENT_CHILD_SECONDS = 30
 # PostgreSQL ends a transaction that is idle for so long: a processor that vanished or stands
-# still releases its locks. It is longer than a tally, during which the transaction is idle: the
-# first one of a chunk takes READ_SECONDS and a little. The second one, after other statements,
-# reads the same lines, has no deadline of its own, and takes about as long.
+# still releases its locks. It is longer than a tally, during which the transaction is idle: that
+# takes READ_SECONDS and a little. If a chunk needs a second tally (see marked_sums), that one has
+# no deadline of its own, but reads the same lines, and takes about as long.
 IDLE_SECONDS = 60
 # A lock that somebody else holds, on a log or on rows, is waited for in steps of so long.
 LOCK_SECONDS = 10
@@ -539,7 +539,7 @@ def end_of_lines(fd, size):
 
 
 class LogLine(NamedTuple):
-    """A line of a log that is an event, as LOG_LINE finds it. Each field is bytes."""
+    """A line of a log: an event, or other. The fields are the groups of LOG_LINE, in bytes."""
 
     user: bytes  # as JSON writes it, without the quotes
     kind: bytes  # add or subtract
@@ -640,8 +640,9 @@ class Connecting:
 
     def __init__(self, **parameters):
         """Begin connect(**parameters). Raise Failure if there is no room for a thread."""
-        # psycopg2 has one wait callback for the whole process. With one, looking up a name would
-        # stop all threads, and only the first of several addresses would be tried.
+        # psycopg2 has one wait callback for the whole process; whoever needs one sets it when there
+        # is a connection. With one, psycopg2 would look up a name while it holds the interpreter's
+        # lock, which stops all threads, and would try only the first of several addresses.
         psycopg2.extensions.set_wait_callback(None)
         # The connection, or the exception that was raised. The thread writes it before it ends.
         self._outcome = None
@@ -891,8 +892,8 @@ class LogReader:
         return [(low, high) for low, high in itertools.pairwise(cuts) if low < high]
 
     def next_line(self, offset):
-        """Return offset, which must be above 0, if a line begins there, else where the next line
-        begins, or end."""
+        """Return offset if a line begins there, else where the next line begins, or end. (offset is
+        above 0: it is inside of a log that is not empty, or at its end.)"""
         before = offset - 1  # an LF there tells that a line begins at offset
         while before + 1 < self.end:
             data = self.read(before, BLOCK_BYTES)
@@ -942,8 +943,8 @@ NO_ID = (
 )
 # What is done with an event without an id: only the position that is recorded of its log tells
 # whether it was counted (see RecordedPosition).
-COUNT = "count"  # it lies behind the position: it was not
-PASS_OVER = "pass over"  # it lies before the position: it was
+COUNT = "count"  # it stands after the position: it was not
+PASS_OVER = "pass over"  # it stands before the position: it was
 REJECT = "reject"  # the log was changed before its position, which tells nothing then
 
 
@@ -1086,9 +1087,9 @@ def read_each_line(block, rows, no_id_rule):
     return BlockEvents(numbers, events, rejected, no_id_rejected)
 
 
-def add_spans(spans, found, lines):
-    """Add the event ids of found, the BlockEvents that follow so many lines of a slice, to spans.
-    A span ends with its block at the latest.
+def add_spans(spans, found, lines_before):
+    """Add the event ids of found, the BlockEvents of a block, to spans. The block has lines_before
+    lines of its slice before it. A span ends with its block at the latest.
 
     An event without an id takes the number of its line for a sequence.
     """
@@ -1100,25 +1101,24 @@ def add_spans(spans, found, lines):
         if line_producer:
             sequence = int(sequence_text)
         else:
-            sequence = lines + number
+            sequence = lines_before + number
         # The next id on the next line extends the span.
         if line_producer == producer and sequence == end and number - first_number == end - first:
             end += 1
             continue
         if producer is not None:
-            spans.append(Span(producer.decode(), first, end, lines + first_number))
+            spans.append(Span(producer.decode(), first, end, lines_before + first_number))
         producer = line_producer
         first = sequence
         end = sequence + 1
         first_number = number
     if producer is not None:
-        spans.append(Span(producer.decode(), first, end, lines + first_number))
+        spans.append(Span(producer.decode(), first, end, lines_before + first_number))
 
 
-def marked_rows(found, marks, lines):
-    """Return the rows of found, the BlockEvents that follow so many lines of a slice, that are
-    marked."""
-    is_marked = [marks[lines + number] for number in found.numbers]
+def marked_rows(found, marks, lines_before):
+    """Return the rows of found that are marked. For found and lines_before see add_spans."""
+    is_marked = [marks[lines_before + number] for number in found.numbers]
     return list(itertools.compress(found.rows, is_marked))
 
 
@@ -1289,11 +1289,11 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
 
     The log's recorded position is a shortcut as long as the bytes before it are unchanged:
 
-        the bytes before it            the chunk begins   an event without an id
-        unchanged                      at the position    is counted
-        unchanged, with from_start     behind reading     is passed over: it was counted
+        the bytes before it            the chunk begins      an event without an id
+        unchanged                      at the position       is counted
+        unchanged, with from_start     where reading ended   is passed over: it was counted
           (up to the position)
-        changed                        behind reading     is rejected: perhaps it was counted
+        changed                        where reading ended   is rejected: perhaps it was counted
 
     A changed log keeps its position until it was read to its end and no event was rejected for
     want of an id: if the old bytes come back before that, the old position is right again. A
@@ -1306,7 +1306,7 @@ def apply_chunk(sql, log, reading, from_start=False, size=CHUNK_BYTES):
         no_id_rule = REJECT
     elif from_start and reading.read_up_to < position:
         start = reading.read_up_to
-        size = min(size, position - start)  # behind the position another rule holds
+        size = min(size, position - start)  # after the position another rule holds
         no_id_rule = PASS_OVER
     else:
         start = position
@@ -1557,7 +1557,8 @@ def add_revenue(sql, sums):
     if not texts:
         return
     # A table that was there before this program may hold NULL. (mogrify makes the statement that
-    # execute would make. Its copies of the sums are gone when libpq makes another one: 3 MB less.)
+    # execute would make, and its copies of the sums are gone when libpq makes one more: for 4 MB of
+    # sums, that is 3 MB less.)
     statement = sql.mogrify(
         """
         INSERT INTO users_revenue AS stored (user_id, revenue)
@@ -1658,8 +1659,8 @@ class Database:
             run_create_table(sql)
 
     def recorded_positions(self, log_ids):
-        """Return {log_id: RecordedPosition} of these logs, or of every log if log_ids is empty, as
-        far as the database knows them."""
+        """Return {log_id: RecordedPosition} of these logs, as far as the database knows them; of
+        every log if log_ids is empty, because a run knows no log before its first look."""
         recorded = {}
         with self.transaction() as sql, naming_lock("event_logs"):
             sql.execute(
@@ -1887,9 +1888,9 @@ class Applier:
         self.troubles.begin(path, f"{words}.")
 
     def is_done(self, log):
-        """Tell whether the file of an open log was done since it is that log, also if it has grown
-        since then: else a run would not end as long as the server writes. (A smaller or an older
-        one is another file, with a removed one's identity.)"""
+        """Tell whether this run has applied the file of an open log, or PostgreSQL has refused it,
+        also if it has grown since then: else a run would not end as long as the server writes. (A
+        smaller or an older one is another file, with a removed one's identity.)"""
         record = self.files.get(identity_of(log))
         if record is None or record.version is None:
             return False
@@ -2169,8 +2170,8 @@ class Follower(Applier):
             log.close()
 
     def is_done(self, log):
-        """Tell whether an open log is as it was when it was done: here, what has grown is new. A
-        refused one is done until it is to be tried again."""
+        """Tell whether an open log is as it was when it was done: here, what has grown is new. One
+        that PostgreSQL refuses is also new when it is time to try it again."""
         record = self.files.get(identity_of(log))
         if record is None or record.version != version_of(log):
             return False
