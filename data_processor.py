@@ -1919,19 +1919,17 @@ class Applier:
         try:
             version = version_of(log)  # of now: what is written later is not applied by this
             if not log.find_end(lock_seconds):
-                self.say_renamed(log)
-                return False
+                raise OSError(errno.EAGAIN, "was renamed; another program locks it", log.path)
             self.apply_or_refuse(log)
         except OSError as error:
-            self.say_trouble(log.path, error)
+            self.say_unread(log, error)
             return False
         self.record_of(log).version = version
         return True
 
-    def say_renamed(self, log):
-        """Name a log that was renamed after it was opened, and whose lock somebody holds."""
-        self.failed = True
-        self.troubles.begin(log.path, "was renamed, and was not read: another program locks it.")
+    def say_unread(self, log, error):
+        """Name an open log and the OSError that keeps it from being applied, once."""
+        self.say_trouble(log.path, error)
 
     def apply_or_refuse(self, log):
         """Apply an open log whose end is known; if PostgreSQL refuses it, name that and have it
@@ -2177,8 +2175,13 @@ class Follower(Applier):
             return False
         return time.monotonic() < record.again_at
 
-    def say_renamed(self, log):
-        """Say nothing: apply_renamed() tries again, and names it in the end."""
+    def say_unread(self, log, error):
+        """Name an open log that cannot be read, unless it was renamed: its path may lead to another
+        log by now. apply_renamed() tries it again, and names it in the end."""
+        with contextlib.suppress(OSError):
+            if not leads_to(log.path, log.file.fileno()):
+                return
+        super().say_unread(log, error)
 
     def say_summary(self, log, summary):
         """Say what came of a log, if anything did."""

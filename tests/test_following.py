@@ -303,6 +303,9 @@ class Following(SystemTest):
                 self.assertEqual(query("SELECT revenue FROM users_revenue"), [])
                 self.assertIn(f"{name}: ", printed())
                 self.path("new", new).rename(log)
+                for _ in range(2):
+                    poll(follower)
+                self.assertRegex(printed(), "100 applied.*\n.*: is read again.\n$")
                 with unittest.mock.patch.object(data_processor, "LOCK_SECONDS", 0):
                     for _ in range(3):
                         poll(follower)

@@ -198,7 +198,7 @@ class Locks(SystemTest):
                     "data_processor.LogReader.find_end = rename"
                 )
                 _, errors = self.processor(*mode, "log", status=1, patch=rename)
-                self.assertIn("log: was renamed, and was not read: another program", errors)
+                self.assertIn("log: was renamed; another program locks it.", errors)
             self.path("archived").rename(log)
 
     def test_a_follower_goes_on_although_a_stranger_locks_a_renamed_log(self):
