@@ -391,7 +391,8 @@ class Note(typing.NamedTuple):
 
 
 def decode_note(line):
-    """Return the Note that line holds, or None if it is not whole."""
+    """Return the Note that line holds, or None if it is none that is whole. (Those of clients of
+    earlier versions had no checksum: their deliveries begin anew, with the same event ids.)"""
     fields = decode_line(line)
     if fields is None or not line.endswith(b"\n"):
         return None
@@ -462,6 +463,8 @@ class StateFile:
         self._fd = self._lock()
 
     def _lock(self):
+        """Return the descriptor of the file, locked; create the file if it is missing. Raise
+        Failure or OSError."""
         while True:
             # O_RDWR: a file on NFS can only be locked by somebody who may write it.
             fd = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -1104,8 +1107,8 @@ class Patience:
             self._failure = failure
 
     def wait_for(self, future):
-        """Return the result of a request, or raise its Failure, or Failure after too long without
-        any success. Say that the server keeps us waiting.
+        """Return the result of a request, or raise what it has raised, or Failure after too long
+        without any success. Say that the server keeps us waiting.
 
         Only the seconds that we wait here count, and not those that a stopped client stood still.
         """
@@ -1155,8 +1158,8 @@ class Sender:
         authorization = os.environb.get(b"EVENTS_AUTHORIZATION", b"").strip(b" \t")
         if authorization:
             self._headers["Authorization"] = authorization
-        # As long as we would wait for any success: once it is over, only a success of another
-        # request leaves time to send the batch again.
+        # Patience ends the run when no request has succeeded for give_up_after. So an answer times
+        # out, and its request is sent again, only while other requests succeed.
         self._answer_seconds = min(max(give_up_after, STALL_SECONDS), LONGEST_WAIT_SECONDS)
         self._proxy = find_proxy(url)
         self._opener = make_opener(url, self._proxy)
@@ -1194,6 +1197,8 @@ class Sender:
             words = f"client.py needs a thread, and the system gives it none ({error}). "
             advice = "Allow more processes (ulimit -u) or memory, then run this command again."
             raise Failure(words + advice) from error
+
+    # ---- In the threads of requests
 
     def _deliver_batch(self, batch, post):
         """Return the errors of a batch's rejected lines, {line number: error}. What is too slow is
@@ -1276,7 +1281,7 @@ class Sender:
     def _send_checked(self, method, body, headers, expected):
         """Send a request once; return an Answer whose status is 2xx or expected, or raise Retry or
         Failure."""
-        answer = self._send_once(method, body, headers)
+        answer = self._send_once(method, body, headers, expected)
         status = answer.status
         if 200 <= status < 300 or status in expected:
             return answer
@@ -1287,12 +1292,16 @@ class Sender:
         advice = ADVICE.get(status, "")
         raise Failure(f"{self._url} answered with {answer.words()}.{advice}")
 
-    def _send_once(self, method, body, headers):
+    def _send_once(self, method, body, headers, expected):
         """Send a request; return its Answer, or raise Retry or Failure when there is none."""
         request = urllib.request.Request(self._url, body, self._headers | headers, method=method)
         try:
             with self._opener.open(request, timeout=self._answer_seconds) as response:
-                return Answer(response.status, response.headers, read_payload(response))
+                # Who refuses from the headers alone may close before all of the answer is read: its
+                # status is enough, unless the answer is looked into.
+                may_be_cut = 400 <= response.status < 500 and response.status not in expected
+                payload = read_payload(response, may_be_cut)
+                return Answer(response.status, response.headers, payload)
         except urllib.error.URLError as error:
             raise self._meaning(error.reason) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -1328,12 +1337,18 @@ class Sender:
         return Retry(words_of(error))
 
 
-def read_payload(response):
-    """Return the body of a response, or raise Retry if it is longer than any answer."""
+def read_payload(response, may_be_cut):
+    """Return the body of a response, or its beginning if it may be cut and is. Else raise the
+    exception of http.client; raise Retry if it is longer than any answer."""
     payload = bytearray()
     while len(payload) <= MAX_ANSWER_BYTES:
-        # Not read(): it would allocate what a malformed chunk announces.
-        block = response.read1(ANSWER_BLOCK_BYTES)
+        try:
+            # Not read(): it would allocate what a malformed chunk announces.
+            block = response.read1(ANSWER_BLOCK_BYTES)
+        except (OSError, ValueError, http.client.HTTPException):
+            if not may_be_cut:
+                raise
+            block = b""
         if not block:
             return bytes(payload)
         payload += block

@@ -4,6 +4,8 @@ import collections
 import concurrent.futures
 import json
 import signal
+import socket
+import struct
 import threading
 import time
 import unittest
@@ -11,7 +13,7 @@ import unittest.mock
 
 import client as client_module
 from tests.tools import Server, free_port, next_line, wait_until
-from tests.tools_client import ClientTest
+from tests.tools_client import ClientTest, RawServer
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in, write_events
 from tests.tools_http import BATCHES, Recorder, dribbling
@@ -344,6 +346,26 @@ class Requests(ClientTest):
         if not body:
             return None
         return self.ANSWERS[json.loads(body)["userId"]]
+
+    def test_a_refusal_is_one_also_if_its_text_is_cut(self):
+        heads = {
+            "the length is too large": b"Content-Length: 9000\r\n\r\nwho",
+            "a chunk is missing": b"Transfer-Encoding: chunked\r\n\r\n3\r\nwho",
+            "the connection is reset": b"\r\nwho",
+        }
+        self.path("events.jsonl", EVENT + b"\n")
+        for case, head in heads.items():
+
+            def refuse(wire, _head, head=head):
+                wire.sendall(b"HTTP/1.1 401 Unauthorized\r\n" + head)
+                reset_at_close = struct.pack("ii", 1, 0)
+                wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset_at_close)
+
+            with self.subTest(case), RawServer(refuse) as server:
+                arguments = ("--url", server.url, "--give-up-after", 5)
+                status, _, errors = self.run_client(*arguments)
+                self.assertEqual((status, server.posts), (1, 1), errors)
+                self.assertIn("answered with status 401", errors)
 
     def test_a_refusal_ends_the_run_with_the_first_line_that_is_unknown(self):
         self.path("events.jsonl", "".join(f'{{"userId": "{user}"}}\n' for user in self.ANSWERS))
