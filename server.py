@@ -210,7 +210,8 @@ class Rounds:
 
     def join(self, item, answer, size=1):
         """Have item done and its outcome given to answer. Return what work returned if this thread
-        has worked for the round, None if another one does."""
+        has worked for the round. Return None if another one does: it may answer at any moment, and
+        whoever called does nothing more with the item, and nothing that can fail."""
         with self._lock:
             self._lock.wait_for(self._has_room)
             is_first = not self._members
@@ -382,7 +383,7 @@ class LogWriter:
     def append(self, lines, deadline, answer, answer_bytes):
         """Make lines (bytes, whole lines) durable, then call answer(None), or answer(error): then
         they must not be acknowledged. The log's lock is waited for until the deadline, in seconds
-        of time.monotonic. Until then the answer holds answer_bytes of memory."""
+        of time.monotonic. answer_bytes is the memory that answer holds until it is called."""
         size = len(lines) + answer_bytes
         report = self._rounds.join(Pending(lines, deadline), answer, size)
         if report is not None:  # else another thread works, and prints its report
@@ -1151,12 +1152,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 method()
         except Refusal as refusal:
             self.refuse(refusal)
-        except OSError:  # while the body was read: the peer is gone, or was cut off
+        except OSError:  # while the request was read: the peer is gone, or was cut off
             self.refuse(not_whole())
         except MemoryError:
             self.server.is_short_of_memory = True
-            # Else it was this thread that worked for the round, and the answer is sent. (Nothing
-            # can fail here any more once another thread is to answer.)
+            # Else this thread worked for the round, and the answer is sent. (The answer is never
+            # another thread's here: see Rounds.join.)
             if self.state.is_answering():
                 self.refuse(Refusal(503, "the server has not enough memory for this request"))
         except Exception:
@@ -1524,7 +1525,7 @@ class Worker:
             ready = set()
             while lifeline not in ready and not self.log.failure:
                 if self._listener in ready or self._accepted is not None:
-                    self.accept()  # what it cannot serve yet is tried again after the next look
+                    self.accept()  # without room, it pauses; the next look tries again
                 else:
                     self._crowded_since = math.inf
                 ready = self.wait(LOOK_SECONDS)
@@ -1634,8 +1635,9 @@ class Worker:
         return first_id
 
     def look_after(self):
-        """Until the worker stops, for which there is another bound, cut off the connections that
-        are past their deadlines, and say when memory begins to be short and when it is no more."""
+        """Again and again, cut off the connections that are past their deadlines, and say when
+        memory begins to be short and when it is no more. (Once the worker stops, STOP_SECONDS
+        bounds all of them.)"""
         troubles = Troubles()
         while not self.stopping:
             time.sleep(DRAIN_SECONDS / 4)
@@ -1672,8 +1674,8 @@ class WorkersStuck(Exception):
 
 
 class Supervisor:
-    """Keeps a number of workers running. The only thread of the parent uses it, and its signal
-    handlers."""
+    """Keeps a number of workers running. Only the parent's one thread, and the handlers of its
+    signals, use it."""
 
     def __init__(self, new_worker, count):
         self._new_worker = new_worker
@@ -1876,11 +1878,16 @@ def read_authorization():
         raise Failure("it is set, but empty. Put a secret into it, or unset it")
     if not FIELD.fullmatch(f"Authorization:{value.decode('latin-1')}\r\n"):
         raise Failure("it has a line end or another control character, which no header can carry")
+    if value.lower().startswith(b"authorization:"):
+        raise Failure("it begins with the name of the header. Put only its value there")
     scheme, _, credentials = value.partition(b" ")
-    if scheme.lower() in SCHEMES.split():
+    if scheme.lower().rstrip(b":") in SCHEMES.split():
         # "Bearer ," had two empty variables. "Og==" is base64 of ":", without user and password.
         if not re.search(rb"[0-9A-Za-z]", credentials) or credentials.strip() == b"Og==":
             raise Failure("it names a scheme, but the credentials after it are missing")
+    # A shell would put the variable's value there; systemd's EnvironmentFile does not.
+    if re.search(rb"(^|\s)[$](\w+|[{]\w+[}])$", value):
+        raise Failure("it has the name of a variable where its value should be")
     return value
 
 

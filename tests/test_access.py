@@ -118,6 +118,10 @@ class Access(RequestTest):
             "neither user nor password": "Basic Og==",
             "another scheme": "Basic",
             "a scheme in other letters": "bEARER",
+            "a scheme and a colon": "Bearer: ",
+            "the whole header": "Authorization: Bearer S3cret",
+            "a variable": "Bearer $S3CRET",
+            "a variable in braces": "${S3CRET}",
         }
         for case, secret in cases.items():
             with self.subTest(case):
