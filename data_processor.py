@@ -10,8 +10,8 @@
 #   tally     what a slice holds: its sums, its spans and its bad lines
 #
 # The parts in order: settings; failures; what server.py uses, too (printing, an event, the file of
-# a log, the connection to PostgreSQL); reading a log; the tally of a slice; exactly once; the
-# tables; applying logs; the modes (run, follow, verify); the command line.
+# a log, the machine, the connection to PostgreSQL); reading a log; the tally of a slice; exactly
+# once; the tables; applying logs; the modes (run, follow, verify); the command line.
 #
 # multiprocessing, pickle and tempfile are imported where they are needed, because that takes 15 ms:
 # most runs of a processor that is started every minute find nothing new.
@@ -1359,7 +1359,8 @@ def record_position(sql, log, recorded):
 
 def change_of(log):
     """Return the OSError of a log that somebody edits or cuts while it is read."""
-    return OSError(errno.ESTALE, "was changed while it was read; it is read again later", log.path)
+    words = "was changed while it was read; it is read again next time"
+    return OSError(errno.ESTALE, words, log.path)
 
 
 def tally_chunk(log, start, size, no_id_rule):
@@ -2245,7 +2246,11 @@ class TemporaryTables(Database):
             yield sql
 
     def counting(self):
-        """Return a context with a cursor of the one transaction, whose tables nobody else sees."""
+        """Return a context with a cursor of the one transaction, whose tables nobody else sees.
+
+        When something is raised in it, nothing is rolled back: what a log that failed has left is
+        wrong. Then verify() compares nothing, because Applier.failed stays True.
+        """
         return self.transaction()
 
     def count_users(self):

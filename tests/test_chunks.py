@@ -236,7 +236,7 @@ class Chunks(SystemTest):
         path, well, printed = self.changed_between_its_tallies(change)
         self.assertFalse(well)
         self.assertEqual(
-            printed, f"{path}: was changed while it was read; it is read again later.\n"
+            printed, f"{path}: was changed while it was read; it is read again next time.\n"
         )
         self.assertRevenue({"user1": 1})
         self.assertEqual(query("SELECT applied::text FROM event_producers"), [("{[2,3)}",)])
