@@ -127,7 +127,8 @@ POLL_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
 # So many rejected lines of a log are named at a time; the others are a number.
 NAMED_LINES = 100
-# So many logs that PostgreSQL refuses for one reason, which may concern all of them, are named.
+# So many logs that PostgreSQL refuses for one reason, which may concern all of them, are named in
+# one look at the logs.
 NAMED_REFUSALS = 10
 # The list of --verify waits so long for a reader of stdout that takes nothing.
 READER_SECONDS = 1.0
@@ -184,8 +185,16 @@ TOO_MUCH = (
 )
 # What was waited for already: it is named at once.
 WAITED = (Locked, Silent)
-# What ends with a transaction or a connection, so that another attempt may succeed.
-PASSING = (*TOO_MUCH, Locked, Disturbed, psycopg2.OperationalError, psycopg2.InterfaceError)
+# What ends with a transaction or a connection, so that another attempt may succeed. (If a table is
+# missing, the next connection finds out what to do about it.)
+PASSING = (
+    *TOO_MUCH,
+    Locked,
+    Disturbed,
+    psycopg2.OperationalError,
+    psycopg2.InterfaceError,
+    psycopg2.errors.UndefinedTable,
+)
 # How the codes begin of errors that are no refusal: a lost connection, an idle transaction, a
 # deadlock, no memory, a lock, a time-out or a stop. (psycopg2's classes do not tell: an entry
 # that is too long for an index is an OperationalError, too.)
@@ -1763,7 +1772,6 @@ class FileRecord:
     version       of the file when it was done: applied to its end, or refused; None if it is to be
                   applied
     position      that was recorded then
-    refusal       what PostgreSQL refuses of it, None if it does not
     again_at      when a refused log is tried again, in seconds of time.monotonic
     was_read      whether it was read to its end on this connection: with from_start, it is not
                   read from its start again
@@ -1774,7 +1782,6 @@ class FileRecord:
         self.log_id = log_id
         self.version = None
         self.position = 0
-        self.refusal = None
         self.again_at = NEVER
         self.was_read = False
         self.named_up_to = 0
@@ -1791,6 +1798,7 @@ class Applier:
     from_start   whether recorded positions are not used for a file that is read for the first time
     files        {identity of a file: FileRecord}; record_of() alone adds to it, and none is removed
     recorded     {log_id: RecordedPosition} at the beginning of this look at the logs
+    refused      {what PostgreSQL refused: how many logs it refused for that in this look}
     failed       whether a line was rejected, or a log could not be applied
     failures     how many attempts in a row have failed since events were applied
     troubles     what is wrong at present
@@ -1803,6 +1811,7 @@ class Applier:
         self.from_start = from_start
         self.files = {}
         self.recorded = {}
+        self.refused = collections.Counter()
         self.failed = False
         self.failures = 0
         self.troubles = Troubles()
@@ -1836,6 +1845,7 @@ class Applier:
             self.database.connect()
         known_logs = [record.log_id for record in self.files.values()]
         self.recorded = self.database.recorded_positions(known_logs)
+        self.refused.clear()
         for record in self.files.values():
             known = self.recorded.get(record.log_id, NOTHING_RECORDED)
             if known.position < record.position:
@@ -1942,16 +1952,15 @@ class Applier:
             self.failed = True
             record.again_at = time.monotonic() + MAX_BACKOFF_SECONDS
             words = str(error)
-            record.refusal = words
-            alike = sum(other.refusal == words for other in self.files.values())
+            self.refused[words] += 1
+            alike = self.refused[words]
             if alike == NAMED_REFUSALS:
-                words += " (Further logs that are refused for this reason are not named.)"
+                words += " (Further logs that are refused for this reason are not named now.)"
             if alike <= NAMED_REFUSALS:
                 self.troubles.begin(log.path, words)
         else:
             record.was_read = True
             record.again_at = NEVER
-            record.refusal = None
             self.troubles.end(log.path, "is read again.")
 
     def apply_what_is_new(self, log):

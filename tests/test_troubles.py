@@ -1,5 +1,6 @@
 """One trouble stops only itself, and a log can be read anew."""
 
+import contextlib
 import os
 import re
 import unittest.mock
@@ -9,7 +10,7 @@ from tests.tools import SystemTest, next_line
 from tests.tools_database import query, setUpModule  # noqa: F401
 from tests.tools_events import with_id
 from tests.tools_faults import MANY_DESCRIPTORS
-from tests.tools_parts import captured, opened_follower
+from tests.tools_parts import Polled, captured, opened_follower, poll
 
 
 class OneTrouble(SystemTest):
@@ -93,6 +94,38 @@ class OneTrouble(SystemTest):
             self.assertEqual(said.count("refused it"), data_processor.NAMED_REFUSALS)
             self.assertEqual(said.count("Further logs that are refused for this reason"), 1)
         self.assertRevenue({"user1": 30})
+
+    def test_logs_that_are_gone_keep_none_from_being_named(self):
+        query("ALTER TABLE users_revenue ADD CONSTRAINT no CHECK (user_id <> 'user1') NOT VALID")
+        for number in range(data_processor.NAMED_REFUSALS):
+            self.path(f"log.{number}", with_id(f"p{number}", 1))
+        with captured() as output, opened_follower(self.path("log")) as follower:
+            follower.look()
+            for number in range(data_processor.NAMED_REFUSALS):
+                self.path(f"log.{number}").rename(self.path(f"old.{number}"))
+            self.path("log.99", with_id("q", 1))
+            follower.look()
+            self.assertRegex(output(), r"\S*/log\.99: PostgreSQL refused it")
+
+    def test_a_follower_whose_table_is_dropped_says_what_to_do(self):
+        pauses = []
+
+        def sleep(seconds):
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                raise Polled
+
+        log = self.path("log", with_id("p", 1))
+        with captured() as output, opened_follower(log) as follower:
+            poll(follower)
+            query("DROP TABLE users_revenue")
+            self.path("log.1", with_id("q", 1))
+            with (
+                contextlib.suppress(Polled),
+                unittest.mock.patch.object(data_processor.time, "sleep", sleep),
+            ):
+                follower.follow()
+            self.assertIn("missing: users_revenue. To count everything again", output())
 
     def test_no_partition_for_a_user_stops_its_log_alone(self):
         query(
