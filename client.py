@@ -1270,7 +1270,8 @@ class Sender:
                 words = f"{self._url} answered with {answer.words()}"
                 raise Failure(f"{words}, which does not say what is wrong with the event.")
             return {batch.first: answer.error()}
-        if answer.status != 200 or result is None or not isinstance(result.get("message"), str):
+        says_so = result is not None and isinstance(result.get("message"), str)
+        if answer.status != 200 or not says_so or "error" in result:
             raise Retry(f"{answer.words()}, which is no answer to an event")
         return {}
 

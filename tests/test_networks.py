@@ -74,6 +74,7 @@ class Believing(ClientTest):
             "an array": (200, {}, b'["message"]'),
             "no message": (200, {}, b'{"messages": ""}'),
             "a message that is no text": (200, {}, b'{"message": 1}'),
+            "an error beside a message": (200, {}, b'{"message": "", "error": "full"}'),
             "another media type": (
                 200,
                 {"Content-Type": "text/plain"},
