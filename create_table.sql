@@ -153,6 +153,14 @@ BEGIN
             SELECT format('%s is no table; rename it, so that a table can be created', relname)
             FROM pg_class WHERE oid = ANY (tables) AND relkind NOT IN ('r', 'p'))
         || ARRAY(
+            SELECT format('%s is partitioned by another column than its key, which cannot be '
+                          'unique then; rename it, so that a table can be created', relname)
+            FROM pg_class
+            JOIN pg_partitioned_table ON partrelid = pg_class.oid
+            LEFT JOIN pg_attribute ON attrelid = partrelid AND attnum = partattrs[0]
+            WHERE pg_class.oid = ANY (tables) AND (partnatts > 1 OR attname IS NULL
+                OR attname NOT IN ('user_id', 'producer_id', 'log_id')))
+        || ARRAY(
             SELECT format('%1$s is temporary and hides the real one; mend it with: DROP TABLE '
                           'pg_temp.%1$s', relname)
             FROM pg_class WHERE oid = ANY (tables) AND relpersistence = 't')
@@ -305,13 +313,23 @@ BEGIN
             FROM uses
             JOIN pg_sequence ON seqrelid = sequence
             JOIN pg_attribute ON attrelid = relation AND attnum = column_number,
+            LATERAL (
+                SELECT CASE WHEN typcategory = 'S' THEN 'text' ELSE 'bigint' END AS wide_type,
+                    CASE WHEN seqincrement > 0 THEN 'NO MAXVALUE' ELSE 'NO MINVALUE' END AS no_end,
+                    -- (A domain may be narrow, whatever it is based on.)
+                    atttypid IN ('bigint'::regtype, 'numeric'::regtype, 'text'::regtype,
+                                 'varchar'::regtype) AND atttypmod = -1 AS is_wide,
+                    seqtypid = 'bigint'::regtype
+                    AND (seqmax = 9223372036854775807 OR seqincrement < 0)
+                    AND (seqmin = -9223372036854775808 OR seqincrement > 0) AS is_endless
+                FROM pg_type WHERE pg_type.oid = atttypid
+            ) AS found,
             LATERAL (SELECT
-                CASE WHEN atttypid IN ('int'::regtype, 'smallint'::regtype)
-                THEN format('ALTER TABLE %s ALTER COLUMN %I TYPE bigint', relation::regclass,
-                            attname) END,
-                CASE WHEN seqtypid <> 'bigint'::regtype
-                    OR seqincrement > 0 AND seqmax < 9223372036854775807
-                THEN format('ALTER SEQUENCE %s AS bigint NO MAXVALUE', seqrelid::regclass) END
+                CASE WHEN NOT is_wide
+                THEN format('ALTER TABLE %s ALTER COLUMN %I TYPE %s', relation::regclass, attname,
+                            wide_type) END,
+                CASE WHEN NOT is_endless
+                THEN format('ALTER SEQUENCE %s AS bigint %s', seqrelid::regclass, no_end) END
             ) AS changes (column_change, sequence_change)
             WHERE column_change IS NOT NULL OR sequence_change IS NOT NULL)
         FROM (SELECT $1, $2) AS given (tables, relations)

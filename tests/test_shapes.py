@@ -123,6 +123,22 @@ class Shape(SystemTest):
             "ALTER TABLE users_revenue ADD id bigint DEFAULT nextval('short')",
             "users_revenue uses up the sequence short, which ends",
         ),
+        "a sequence that ends below": (
+            "CREATE SEQUENCE IF NOT EXISTS down INCREMENT -1 MINVALUE -5;"
+            "ALTER TABLE users_revenue ADD id bigint DEFAULT nextval('down')",
+            "mend it with: ALTER SEQUENCE down AS bigint NO MINVALUE\n",
+        ),
+        "a domain of small numbers": (
+            "DROP DOMAIN IF EXISTS few CASCADE; CREATE DOMAIN few AS smallint;"
+            "CREATE SEQUENCE IF NOT EXISTS large;"
+            "ALTER TABLE users_revenue ADD id few DEFAULT nextval('large')",
+            "mend it with: ALTER TABLE users_revenue ALTER COLUMN id TYPE bigint\n",
+        ),
+        "a text of few characters": (
+            "CREATE SEQUENCE IF NOT EXISTS large;"
+            "ALTER TABLE users_revenue ADD id varchar(2) DEFAULT nextval('large')::text",
+            "mend it with: ALTER TABLE users_revenue ALTER COLUMN id TYPE text\n",
+        ),
         "a trigger that allows no debts": (
             "CREATE OR REPLACE FUNCTION lifts() RETURNS trigger LANGUAGE plpgsql AS "
             "'BEGIN NEW.revenue := greatest(NEW.revenue, 0); RETURN NEW; END';"
@@ -330,6 +346,18 @@ class Shape(SystemTest):
                 finally:
                     query(f"DROP {kind} users_revenue; DROP TABLE renamed")
                 self.assertIn("users_revenue is no table; rename it", errors)
+
+    def test_a_table_that_is_partitioned_by_another_column_is_refused(self):
+        for key in ("revenue", "user_id, revenue", "lower(user_id)"):
+            with self.subTest(key):
+                query(
+                    "DROP TABLE IF EXISTS users_revenue, event_producers, event_logs;"
+                    "CREATE TABLE users_revenue (user_id text, revenue numeric NOT NULL) "
+                    f"PARTITION BY HASH ({key})"
+                )
+                _, errors = self.processor(self.path("log", with_id("p", 1)), status=1)
+                self.assertIn("users_revenue is partitioned by another column", errors)
+        query("DROP TABLE users_revenue")
 
     def test_partitioned_tables_of_ids_and_positions_are_kept(self):
         query(
