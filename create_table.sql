@@ -98,10 +98,11 @@ BEGIN
     -- The comment of each table ends with the same stamp: [event tables {...}]. It holds, as JSON,
     -- what the tables were when they were checked:
     --
-    --     database       in which cluster, and in which database of it
-    --     shape          the hash below
-    --     oids, files    of the tables, each by its name
-    --     holds          whether anything was counted in them, each by its name
+    --     database            in which cluster, and in which database of it
+    --     shape               the hash below
+    --     and, for each table by its name:
+    --         oid, file       of the table, in that database
+    --         holds           whether anything was counted in it
     --
     -- The shape is made of xmin, the transaction that last wrote a row of the catalogue: whatever
     -- alters a table writes one. VACUUM and ANALYZE update in place and leave xmin. What changes
@@ -394,6 +395,8 @@ BEGIN
         database text;
         stamps text[];  -- of all three
         new_stamp text;
+        can_wait boolean;  -- the stamping: the stamps are right but for the shape or a file
+        shape_or_file constant text := '"(shape|file)": [^,}]*';
         is_locked boolean := false;  -- against others who stamp
         old_stamp jsonb;
         have_one_origin boolean;
@@ -425,15 +428,15 @@ BEGIN
                 EXISTS (SELECT FROM event_producers WHERE applied <> '{}'),
                 EXISTS (SELECT FROM event_logs WHERE position > 0)
             INTO users_now, ids_now, positions_now;
-            SELECT jsonb_build_object(
-                'database', database,
-                'shape', shape,
-                'oids', jsonb_object_agg(relname, oid),
-                'files', jsonb_object_agg(relname, relfilenode),
-                'holds', jsonb_build_object('users_revenue', users_now, 'event_producers', ids_now,
-                                            'event_logs', positions_now))
+            SELECT jsonb_build_object('database', database, 'shape', shape)
+                || jsonb_object_agg(name, jsonb_build_object(
+                    'oid', id, 'file', pg_relation_filenode(id), 'holds', holds))
             INTO new_stamp
-            FROM pg_class WHERE oid = ANY (tables);
+            FROM (VALUES
+                ('users_revenue', 'users_revenue'::regclass::oid, users_now),
+                ('event_producers', 'event_producers'::regclass, ids_now),
+                ('event_logs', 'event_logs'::regclass, positions_now)
+            ) AS listed (name, id, holds);
             IF new_stamp = ALL (stamps) THEN
                 RETURN;
             END IF;
@@ -446,19 +449,25 @@ BEGIN
             -- look again. (CREATE INDEX CONCURRENTLY holds it, too, while it waits for this
             -- transaction to end. So if only the shape or a file differs from the stamps, the lock
             -- is not waited for, and the stamp is left to a later run.)
-            IF (SELECT bool_and(stamp::jsonb - '{shape, files}'::text[]
-                                = new_stamp::jsonb - '{shape, files}'::text[])
-                FROM unnest(stamps) AS stamp) THEN
-                BEGIN
+            can_wait := regexp_replace(new_stamp, shape_or_file, '', 'g') = ALL (
+                SELECT regexp_replace(stamp, shape_or_file, '', 'g') FROM unnest(stamps) AS stamp);
+            BEGIN
+                IF can_wait THEN
                     LOCK TABLE ONLY users_revenue, ONLY event_producers, ONLY event_logs
                         IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
-                EXCEPTION
-                    WHEN lock_not_available THEN EXIT;
-                END;
-            ELSE
-                LOCK TABLE ONLY users_revenue, ONLY event_producers, ONLY event_logs
-                    IN SHARE UPDATE EXCLUSIVE MODE;
-            END IF;
+                ELSE
+                    LOCK TABLE ONLY users_revenue, ONLY event_producers, ONLY event_logs
+                        IN SHARE UPDATE EXCLUSIVE MODE;
+                END IF;
+            EXCEPTION
+                -- An owner without the right to UPDATE may COMMENT, but not LOCK.
+                WHEN insufficient_privilege THEN NULL;
+                WHEN lock_not_available THEN
+                    IF can_wait THEN
+                        EXIT;
+                    END IF;
+                    RAISE;
+            END;
             is_locked := true;
         END LOOP;
 
@@ -483,8 +492,8 @@ BEGIN
             -- known: its own stamp or, if it has none, that of the others
             SELECT *, coalesce(stamp, max(stamp) OVER ())::jsonb AS known FROM stamped
         ), compared AS (
-            SELECT *, known -> 'files' ->> name <> file AS has_new_file, coalesce(
-                known ->> 'database' = database AND known -> 'oids' ->> name = oid, false
+            SELECT *, known -> name ->> 'file' <> file AS has_new_file, coalesce(
+                known ->> 'database' = database AND known -> name ->> 'oid' = oid, false
             ) AS is_in_place
             FROM named
         )
@@ -495,14 +504,14 @@ BEGIN
             -- One transaction gave a new file to all three.
             bool_and(is_in_place AND has_new_file) AND count(DISTINCT written_by) = 1,
             min(name) FILTER (
-                WHERE has_new_file AND new_stamp::jsonb -> 'holds' ->> name = 'false'),
+                WHERE has_new_file AND new_stamp::jsonb -> name ->> 'holds' = 'false'),
             max(stamp)::jsonb
         INTO have_one_origin, record_is_in_place, were_truncated_at_once, rewritten_and_empty,
             old_stamp
         FROM compared;
-        users_then := old_stamp -> 'holds' ->> 'users_revenue';
-        ids_then := old_stamp -> 'holds' ->> 'event_producers';
-        positions_then := old_stamp -> 'holds' ->> 'event_logs';
+        users_then := old_stamp -> 'users_revenue' ->> 'holds';
+        ids_then := old_stamp -> 'event_producers' ->> 'holds';
+        positions_then := old_stamp -> 'event_logs' ->> 'holds';
 
         -- Each event fills users_revenue and event_logs, and one with an id event_producers, too: a
         -- table that is empty beside filled ones has lost what it held. Without a stamp, what

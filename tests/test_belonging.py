@@ -225,6 +225,26 @@ class Belonging(SystemTest):
         self.processor(self.log, **writer)
         self.assertRevenue({"user1": 1})
 
+    def test_an_owner_without_the_right_to_write_stamps_the_tables(self):
+        query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
+        self.addCleanup(
+            query,
+            "RESET ROLE; REASSIGN OWNED BY events_test_owner TO CURRENT_USER;"
+            "DROP OWNED BY events_test_owner; DROP ROLE events_test_owner",
+        )
+        for table in ALL_TABLES.split(", "):
+            query(
+                f"COMMENT ON TABLE {table} IS NULL;"
+                f"ALTER TABLE {table} OWNER TO events_test_owner;"
+                f"REVOKE ALL ON {table} FROM events_test_owner;"
+                f"GRANT SELECT ON {table} TO events_test_owner"
+            )
+        query("SET ROLE events_test_owner")
+        query((HERE / "create_table.sql").read_text(encoding="utf-8"))
+        query("RESET ROLE")
+        query("TRUNCATE event_producers")
+        self.refused("event_producers was emptied")
+
     def test_a_rewritten_table_is_the_same_table(self):
         vacuum = [
             "psql",
@@ -253,7 +273,7 @@ class Belonging(SystemTest):
         ((comment,),) = query("SELECT obj_description('users_revenue'::regclass)")
         stamp = json.loads(comment.partition("[event tables ")[2][:-1])
         stamp["database"] = "another.cluster"
-        stamp["oids"]["event_logs"] = "1"
+        stamp["event_logs"]["oid"] = "1"
         for table in ALL_TABLES.split(", "):
             query(f"COMMENT ON TABLE {table} IS '[event tables {json.dumps(stamp)}]'")
 
