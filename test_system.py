@@ -79,6 +79,7 @@ NOT_PROMISED = {
     "So can `client.py` if": "nobody else keeps the ids",
     "An event id that is used again": "test_exactly_once",
     "Two hard links": "test_not_promised",
+    "A table that was emptied": "test_not_promised",
     "Keep the logs until": "test_following",
     "`copytruncate` of logrotate": "test_following",
     "A log without event ids": "test_logs",

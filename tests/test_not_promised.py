@@ -44,3 +44,14 @@ class NotPromised(SystemTest):
         output, _ = self.processor(log)
         self.assertIn("1 applied, 1 repeated", output)
         self.assertEqual(query("SELECT sum(revenue) FROM users_revenue"), [(1,)])
+
+    def test_verify_shows_that_a_table_was_emptied_and_filled_again(self):
+        log = self.path("log", with_id("p", 1, "user1", 1))
+        self.processor(log)
+        query("TRUNCATE users_revenue; INSERT INTO users_revenue VALUES ('user2', 5)")
+        self.processor(log)
+        output, _ = self.processor("--verify", log, status=1)
+        self.assertIn("user1: 0 in users_revenue, 1 in the logs, difference -1", output)
+        query("TRUNCATE users_revenue, event_producers, event_logs")
+        self.processor(log)
+        self.assertRevenue({"user1": 1})
