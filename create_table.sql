@@ -131,8 +131,11 @@ BEGIN
     -- Row level security hides no row. This depends on the role, too, so it is checked every time.
     FOREACH listed IN ARRAY tables LOOP
         IF row_security_active(listed) THEN
-            RAISE EXCEPTION '% has row level security, which may hide rows from %; mend it with: '
-                'ALTER ROLE % BYPASSRLS', listed, current_user, quote_ident(current_user);
+            RAISE EXCEPTION '% has row level security, which may hide rows from %; mend it with: %',
+                listed, current_user, CASE
+                WHEN pg_has_role((SELECT relowner FROM pg_class WHERE oid = listed), 'USAGE')
+                THEN format('ALTER TABLE %s NO FORCE ROW LEVEL SECURITY', listed)
+                ELSE format('ALTER ROLE %I BYPASSRLS', current_user) END;
         END IF;
     END LOOP;
 

@@ -308,6 +308,26 @@ class Shape(SystemTest):
         self.processor(log, **writer)
         self.assertRevenue({"user1": 1})
 
+    def test_an_owner_whom_row_level_security_binds_is_told_to_lift_it(self):
+        query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
+        self.addCleanup(
+            query,
+            "REASSIGN OWNED BY events_test_owner TO CURRENT_USER;"
+            "DROP OWNED BY events_test_owner; DROP ROLE events_test_owner",
+        )
+        for table in ("users_revenue", "event_producers", "event_logs"):
+            query(f"ALTER TABLE {table} OWNER TO events_test_owner")
+        query(
+            "ALTER TABLE event_logs ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
+        )
+        log = self.path("log", with_id("p", 1))
+        owner = {"PGOPTIONS": "-c role=events_test_owner"}
+        _, errors = self.processor(log, status=1, **owner)
+        self.assertIn("ALTER TABLE event_logs NO FORCE ROW LEVEL SECURITY", errors)
+        query(errors.partition("mend it with: ")[2])
+        self.processor(log, **owner)
+        self.assertRevenue({"user1": 1})
+
     def test_the_owner_of_tables_with_row_level_security_sees_every_row(self):
         query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
         self.addCleanup(
