@@ -838,7 +838,7 @@ class LogReader:
         It is done under the log's lock, when no server is in the midst of a write, which it could
         still take back. (Nobody writes to a decompressed log: its lock is free.) Return False if
         the path does not lead to this file any more and somebody holds its lock. Raise OSError if
-        the lock was not to be had within seconds.
+        the lock was not to be had within seconds, or the file is no log.
         """
         if is_compressed(self.path):
             content = decompress(self.path, self.file)
@@ -854,6 +854,10 @@ class LogReader:
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
         self.unfinished = size - self.end
+        # So begins a torn first line, also one of which a power cut has left no byte.
+        if self.unfinished and not self.end and self.read(0, 1) not in (b"{", b"\0"):
+            words = "is no log: it has no whole line, and does not begin as an event does"
+            raise OSError(errno.EINVAL, words, self.path)
         self.log_id = None
         if self.end:
             beginning = self.read(0, min(BLOCK_BYTES, self.end))

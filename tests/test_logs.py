@@ -161,6 +161,18 @@ class Logs(SystemTest):
                 self.assertEqual(errors, words)
                 self.assertRevenue({})
 
+    def test_a_file_that_begins_as_no_event_does_is_named(self):
+        self.path("log", with_id("p", 1))
+        self.path("log.2", gzip.compress(with_id("p", 2).encode()))
+        self.path("log.3", '{"userId": "us')  # a torn line
+        self.path("log.4", b"\0" * 100)  # what a power cut may leave of it
+        self.path("log.5", b"")
+        output, errors = self.processor("log", status=1)
+        self.assertRegex(errors, r"^log\.2: is no log: [^\n]*\n$")
+        self.assertIn("log.3: 0 applied", output)
+        self.assertIn("log.4: 0 applied", output)
+        self.assertRevenue({"user1": 1})
+
     def test_a_log_is_decompressed_whatever_the_case_of_its_ending(self):
         self.processor(self.path("log.GZ", gzip.compress(with_id("p", 1).encode())))
         self.assertRevenue({"user1": 1})
