@@ -175,14 +175,10 @@ class SyncFailed(Exception):
     """A log could not be synced. It ends every mode: a second sync could lie."""
 
 
+# What PostgreSQL began and gave up. If it does so in the last attempt, too, it refuses that log.
+GIVEN_UP = (psycopg2.errors.QueryCanceled, psycopg2.errors.OutOfMemory)
 # What may come from the size of a chunk.
-TOO_MUCH = (
-    ChildDied,
-    Silent,
-    MemoryError,
-    psycopg2.errors.QueryCanceled,
-    psycopg2.errors.OutOfMemory,
-)
+TOO_MUCH = (*GIVEN_UP, ChildDied, Silent, MemoryError)
 # What was waited for already: it is named at once.
 WAITED = (Locked, Silent)
 # What ends with a transaction or a connection, so that another attempt may succeed. (If a table is
@@ -1953,19 +1949,26 @@ class Applier:
         try:
             self.apply_what_is_new(log)
         except Refused as error:
-            self.failed = True
-            record.again_at = time.monotonic() + MAX_BACKOFF_SECONDS
-            words = str(error)
-            self.refused[words] += 1
-            alike = self.refused[words]
-            if alike == NAMED_REFUSALS:
-                words += " (Further logs that are refused for this reason are not named now.)"
-            if alike <= NAMED_REFUSALS:
-                self.troubles.begin(log.path, words)
+            self.refuse(log, str(error))
+        except GIVEN_UP as error:
+            if self.failures + 1 < ATTEMPTS:
+                raise  # the next attempt is with a smaller chunk
+            self.refuse(log, f"PostgreSQL gave it up: {sentence(error)}.")
         else:
             record.was_read = True
             record.again_at = NEVER
             self.troubles.end(log.path, "is read again.")
+
+    def refuse(self, log, words):
+        """Name a log that PostgreSQL refuses, and have it tried again later."""
+        self.failed = True
+        self.record_of(log).again_at = time.monotonic() + MAX_BACKOFF_SECONDS
+        self.refused[words] += 1
+        alike = self.refused[words]
+        if alike == NAMED_REFUSALS:
+            words += " (Further logs that are refused for this reason are not named now.)"
+        if alike <= NAMED_REFUSALS:
+            self.troubles.begin(log.path, words)
 
     def apply_what_is_new(self, log):
         """Apply an open log whose end is known, and say what came of it."""
