@@ -130,7 +130,7 @@ NAMED_LINES = 100
 # So many logs that PostgreSQL refuses for one reason, which may concern all of them, are named in
 # one look at the logs.
 NAMED_REFUSALS = 10
-# The list of --verify waits so long for a reader of stdout that takes nothing.
+# The help, and the list of --verify, wait so long for a reader of stdout that takes nothing.
 READER_SECONDS = 1.0
 
 # An amount has at most 18 + 18 digits; 100 hold the sum of 10**64 of them. If one still does not
@@ -289,6 +289,27 @@ def show_progress(words):
         with contextlib.suppress(OSError):
             width = os.get_terminal_size(sys.stderr.fileno()).columns or width
         write(sys.stderr, "\r\033[K" + printable(words)[: width - 1])
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of command lines that prints as everything here is printed."""
+
+    def __init__(self, description):
+        """Prepare a parser whose help begins with the description, with its own line ends."""
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def print_help(self, file=None):
+        """Print the help to stdout."""
+        write(sys.stdout, self.format_help(), READER_SECONDS)
+
+    def error(self, message):
+        """Say what is wrong with the command line, and exit with status 2."""
+        for line in self.format_usage().splitlines():
+            warn(line)
+        warn(f"{self.prog}: error: {message}")
+        raise SystemExit(2)
 
 
 class Troubles:
@@ -2384,9 +2405,7 @@ def open_standard_descriptors():
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = argparse.ArgumentParser(
-        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(HELP)
     parser.add_argument(
         "logs",
         metavar="LOG",

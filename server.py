@@ -6,7 +6,6 @@ survives kill -9 and a power cut.
 # The parts in order: settings; work that is shared (Rounds); lines of events; the log
 # (LogWriter); the database (Revenues); requests as they are read; their answers (Handler, one for
 # each connection); processes (Worker, Supervisor); the command line.
-import argparse
 import contextlib
 import email.utils
 import errno
@@ -45,6 +44,7 @@ from data_processor import (
     MAX_SEQUENCE,
     Connecting,
     Failure,
+    Parser,
     Troubles,
     amount_of,
     check_id,
@@ -1831,9 +1831,7 @@ class Supervisor:
 
 def parse_command_line(arguments):
     """Return the options, or exit with status 2."""
-    parser = argparse.ArgumentParser(
-        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(HELP)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )

@@ -195,6 +195,26 @@ class SlowReaders(SystemTest):
         reader.join()
         os.close(reading)
 
+    def test_help_and_usage_that_nobody_reads_delay_nothing(self):
+        reading, writing = os.pipe()
+        fill(writing)
+        for script in ("server.py", "client.py", "data_processor.py"):
+            for argument, status in (("--help", 0), ("--unknown", 2)):
+                with self.subTest(script, argument=argument):
+                    command = [sys.executable, HERE / script, argument]
+                    run = subprocess.run(command, stdout=writing, stderr=writing, timeout=20)
+                    self.assertEqual(run.returncode, status)
+        os.close(reading)
+        os.close(writing)
+
+    def test_no_terminal_obeys_a_wrong_argument(self):
+        for script in ("server.py", "client.py", "data_processor.py"):
+            with self.subTest(script):
+                command = [sys.executable, HERE / script, "--\x1b[31mred"]
+                run = subprocess.run(command, capture_output=True, text=True)
+                self.assertEqual(run.returncode, 2)
+                self.assertIn(r"--\x1b[31mred", run.stderr)
+
     def test_a_socket_that_nobody_reads_delays_nothing(self):
         reader, writer = socket.socketpair()
         with reader, writer:
