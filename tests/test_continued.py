@@ -329,7 +329,7 @@ class KilledAnywhere(ClientTest):
         """
         calls = DeliveryCalls(fault, at)
 
-        def send_once(_sender, method, body, headers):
+        def send_once(_sender, method, body, headers, _expected):
             answer = http_answer(*BATCHES)
             if method == "POST":
                 begun = b"\n" in self.state.read_bytes()
