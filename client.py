@@ -58,12 +58,13 @@ Example: python client.py events.jsonl --url http://localhost:8000/liveEvent
 # Bytes of a request's body, at most. The server takes 1 MiB.
 BATCH_BYTES = 512 * 1024
 # Bytes of the first batches, and those below which batches do not become smaller: the slowest line
-# and the slowest server can take these in time. Each fast answer doubles them.
+# and the slowest server can take these in time.
 SMALLEST_BATCH_BYTES = 4 * 1024
 # A batch that is too slow is sent again in so many parts, and the next ones are as small as these.
 PARTS = 8
-# Seconds within which an answer says that the next batch may be larger.
-FAST_ANSWER_SECONDS = 1.0
+# An answer that took at most this share of the time that it has lets the next batches be twice as
+# large as its own: they then take about half of that time.
+FAST_SHARE = 0.25
 # Bytes that are read at once from the file for its hash, and from a line longer than a batch.
 READ_BYTES = 256 * 1024
 # Requests that are under way at once: enough to keep the server busy while answers travel.
@@ -652,10 +653,12 @@ class BatchSize:
         self.lines = lines
         self.bytes = SMALLEST_BATCH_BYTES
 
-    def answered_after(self, seconds):
-        """Let batches grow while answers come fast."""
-        if seconds < FAST_ANSWER_SECONDS:
-            self.bytes = min(2 * self.bytes, BATCH_BYTES)
+    def answered_fast(self, length):
+        """Let batches grow to twice the length, in bytes, of one that was answered fast."""
+        # Not to twice what they are now: of several that are under way at once, each would double
+        # it. And a line that is longer than the others says little about them.
+        grown = 2 * min(length, self.bytes)
+        self.bytes = max(self.bytes, min(grown, BATCH_BYTES))
 
     def timed_out(self):
         """Let batches become smaller."""
@@ -1146,8 +1149,11 @@ class Sender:
     A caller uses takes_batches(), deliver() and stop(). The methods stand from the outermost to
     the innermost: deliver a batch, retry a request, check its answer, send it once.
 
-    _size     the BatchSize of what is read, which learns from the answers
-    _stopped  is set by the main thread, and lets each thread end after the try that is under way
+    _size            the BatchSize of what is read, which learns from the answers
+    _answer_seconds  after which an answer times out
+    _fast_seconds    within which an answer lets batches grow
+    _stopped         is set by the main thread, and lets each thread end after the try that is under
+                     way
     """
 
     def __init__(self, url, producer_id, size, give_up_after):
@@ -1161,6 +1167,9 @@ class Sender:
         # Patience ends the run when no request has succeeded for give_up_after. So an answer times
         # out, and its request is sent again, only while other requests succeed.
         self._answer_seconds = min(max(give_up_after, STALL_SECONDS), LONGEST_WAIT_SECONDS)
+        # A client with less patience than that gives up before an answer times out.
+        seconds = min(max(give_up_after, STEP_SECONDS), self._answer_seconds)
+        self._fast_seconds = FAST_SHARE * seconds
         self._proxy = find_proxy(url)
         self._opener = make_opener(url, self._proxy)
         self._threads = concurrent.futures.ThreadPoolExecutor(CONCURRENT_REQUESTS)
@@ -1256,7 +1265,8 @@ class Sender:
         errors = read_errors(result, batch)
         if errors is None or result.get("accepted") != batch.events - len(errors):
             raise Retry(f"{answer.words()}, which does not account for every line")
-        self._size.answered_after(time.monotonic() - begun)
+        if time.monotonic() - begun <= self._fast_seconds:
+            self._size.answered_fast(len(batch.body))
         return errors
 
     def post_event(self, batch):

@@ -267,7 +267,7 @@ class Patient(ClientTest):
 
         # In one batch, these lines would need twice as long as the client waits for a success.
         self.path("events.jsonl", (EVENT + b"\n") * 1000)
-        patch = "client.STALL_SECONDS = 0.5; client.FAST_ANSWER_SECONDS = 0.1"
+        patch = "client.STALL_SECONDS = 0.5"
         with Recorder(options=[BATCHES], post=answer) as server:
             arguments = ("--url", server.url, "--give-up-after", 1)
             run = self.run_client(*arguments, patch=patch)
@@ -277,10 +277,13 @@ class Patient(ClientTest):
     def test_batches_grow_with_fast_answers_and_shrink_after_time_outs(self):
         size = client_module.BatchSize(5000)
         first = size.bytes
-        size.answered_after(client_module.FAST_ANSWER_SECONDS + 1)
-        self.assertEqual(size.bytes, first)
+        for _ in range(4):  # which were under way at once
+            size.answered_fast(first - 10)
+            self.assertEqual(size.bytes, 2 * first - 20)
+        size.answered_fast(client_module.BATCH_BYTES)  # a long line alone
+        self.assertEqual(size.bytes, 2 * (2 * first - 20))
         for _ in range(20):
-            size.answered_after(0.1)
+            size.answered_fast(size.bytes)
         self.assertEqual(size.bytes, client_module.BATCH_BYTES)
         size.timed_out()
         self.assertEqual(size.bytes, client_module.BATCH_BYTES // client_module.PARTS)

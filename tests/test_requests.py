@@ -2,18 +2,18 @@
 
 import collections
 import concurrent.futures
+import http.client
 import json
 import signal
 import socket
 import struct
 import threading
 import time
-import unittest
-import unittest.mock
+from unittest import mock
 
 import client as client_module
 from tests.tools import Server, free_port, next_line, wait_until
-from tests.tools_client import ClientTest, RawServer
+from tests.tools_client import ACCEPTED, ClientTest, RawServer
 from tests.tools_database import setUpModule
 from tests.tools_events import EVENT, ids_in, write_events
 from tests.tools_http import BATCHES, Recorder, dribbling
@@ -39,7 +39,7 @@ class Requests(ClientTest):
         spans = []
         with Recorder(
             options=[(503, {}, b"")] * 12 + [BATCHES], post=None
-        ) as server, unittest.mock.patch.object(
+        ) as server, mock.patch.object(
             client_module.random, "uniform", lambda *span: spans.append(span) or 0
         ):
             size = client_module.BatchSize(1)
@@ -50,6 +50,39 @@ class Requests(ClientTest):
             [high for _, high in spans],
             [min(spans[0][1] * 2**n, client_module.MAX_BACKOFF_SECONDS) for n in range(12)],
         )
+
+    def test_an_answer_within_a_quarter_of_its_time_lets_batches_grow(self):
+        cases = {  # {(--give-up-after, seconds of the answer): whether it is fast}
+            (30, 7.4): True,
+            (30, 7.6): False,
+            (2, 0.4): True,  # though an answer has longer, the client would give up
+            (2, 0.6): False,
+            (0, 0.2): True,
+        }
+        headers = http.client.HTTPMessage()
+        headers["Content-Type"] = "application/json"
+        answer = client_module.Answer(200, headers, ACCEPTED)
+        batch = client_module.make_batch(1, [EVENT])
+        for (patience, seconds), is_fast in cases.items():
+            size = client_module.BatchSize(5000)
+            size.bytes = len(batch.body)
+            sender = client_module.Sender("http://localhost/", "producer", size, patience)
+            clock = mock.patch.object(client_module.time, "monotonic", side_effect=[5, 5 + seconds])
+            with self.subTest((patience, seconds)), clock:
+                with mock.patch.object(sender, "_post", return_value=answer):
+                    sender.post_batch(batch)
+                self.assertEqual(size.bytes > len(batch.body), is_fast)
+
+    def test_a_server_that_takes_its_time_is_sent_larger_batches(self):
+        def answer(_number, body):
+            time.sleep(1.1)
+            return 200, {}, b'{"accepted": %d, "rejected": []}' % body.count(b"\n")
+
+        self.path("events.jsonl", (EVENT + b"\n") * (40_000 // len(EVENT)))
+        with Recorder(options=[BATCHES], post=answer) as server:
+            self.client("--url", server.url)
+        sizes = [len(body) for _, body in server.posts]
+        self.assertGreater(max(sizes), client_module.SMALLEST_BATCH_BYTES)
 
     def test_it_gives_up_so_long_after_the_last_success(self):
         steps = collections.Counter()  # {future: how often it was waited for}
@@ -84,9 +117,9 @@ class Requests(ClientTest):
             with (
                 self.subTest(case),
                 Recorder(options=[options], post=answer) as server,
-                unittest.mock.patch.object(client_module, "CONCURRENT_REQUESTS", 1),
-                unittest.mock.patch.object(client_module.Patience, "failed", fail),
-                unittest.mock.patch.object(client_module.concurrent.futures, "wait", wait),
+                mock.patch.object(client_module, "CONCURRENT_REQUESTS", 1),
+                mock.patch.object(client_module.Patience, "failed", fail),
+                mock.patch.object(client_module.concurrent.futures, "wait", wait),
                 captured() as printed,
             ):
                 arguments = [self.path("events.jsonl"), "--url", server.url, "--batch-size", 1]
