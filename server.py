@@ -6,6 +6,7 @@ survives kill -9 and a power cut.
 # The parts in order: settings; work that is shared (Rounds); lines of events; the log
 # (LogWriter); the database (Revenues); requests as they are read; their answers (Handler, one for
 # each connection); processes (Worker, Supervisor); the command line.
+import collections
 import contextlib
 import email.utils
 import errno
@@ -116,9 +117,8 @@ PEER_IDLE_SECONDS = 75
 # least so long: a slow sync of the round before may have used that time up, and another worker may
 # hold the lock for a moment.
 LEAST_LOCK_SECONDS = 1
-# A round of questions to the database takes at most that time. So each question is answered within
-# twice that time, if only with 503: it may come when a round has just begun, and shares the next.
-QUERY_SECONDS = 1
+# A question to the database is answered within that time, if only with 503.
+DATABASE_SECONDS = 2
 # After a refusal, the rest of the request is read and discarded for so long and up to so many
 # bytes: closing at once could destroy the answer. Whoever is past a deadline has that time to be
 # sent an answer.
@@ -184,10 +184,9 @@ class Member(NamedTuple):
 class Rounds:
     """Work in rounds: whoever comes while a round is under way shares the next one.
 
-    The thread that finds the list of members empty is the first of a new round, and will work for
-    it. It waits until the round before is over. Meanwhile other threads add themselves to the list
-    and return at once. Then the first one takes the whole list, does the work for all of them, and
-    calls their answers.
+    The thread that finds no members is the first of a new round, and will work for it. It waits
+    until the round before is over. Meanwhile other threads add themselves to the members and return
+    at once. Then the first one takes all members, does the work for them, and calls their answers.
 
     It calls the others' answers because they would else have to wait, and to be woken one by one:
     then a third fewer requests would be served. The price is that an answer holds up all answers
@@ -195,15 +194,15 @@ class Rounds:
     """
 
     def __init__(self, work, limit=math.inf):
-        """Prepare rounds of work(members). It must give each of them an outcome with tell(), or
-        the member waits for ever; and it must neither raise anything nor return None.
+        """Prepare rounds of work(members), a deque. It must give each of them an outcome with
+        tell(), or the member waits for ever; and it must neither raise anything nor return None.
 
         Once the sizes of a round's members reach limit, further ones wait until it has begun.
         """
         self._work = work
         self._limit = limit
         self._lock = threading.Condition(threading.Lock())  # guards the next two
-        self._members = []  # of the next round
+        self._members = collections.deque()  # of the next round
         self._size = 0  # of these members together
         self._working = threading.Lock()  # held during a round, by the thread that works
         self._bugs = []  # lines of tracebacks; only the thread that works touches them
@@ -236,7 +235,7 @@ class Rounds:
         """Return the members of the next round; whoever comes from now on is in the one after."""
         with self._lock:
             members = self._members
-            self._members = []
+            self._members = collections.deque()
             self._size = 0
             self._lock.notify_all()
         return members
@@ -246,7 +245,8 @@ class Rounds:
         try:
             member.answer(outcome)
         except Exception:
-            self._bugs.extend(traceback.format_exc().splitlines())
+            with contextlib.suppress(MemoryError):
+                self._bugs.extend(traceback.format_exc().splitlines())
 
 
 # ---- Lines of events ----------------------------------------------------------------------------
@@ -581,6 +581,13 @@ def write_all(fd, data):
 # ---- The database -------------------------------------------------------------------------------
 
 
+class Question(NamedTuple):
+    """A question for a user's revenue."""
+
+    user: str
+    deadline: float  # when it must have its answer, in seconds of time.monotonic
+
+
 class NoAnswer(Exception):
     """The database did not say in time whether a user has revenue."""
 
@@ -588,13 +595,13 @@ class NoAnswer(Exception):
 class Revenues:
     """Users' revenue in the database. Questions come in rounds, one query each, on one connection.
 
-    Only the thread that works for a round touches _connection and _opening.
+    Only the thread that works for a round touches _connection, _opening and _unanswered.
     """
 
     # One round trip and one transaction, with which the setting ends: a pooler may share the
     # connection. The limit frees the database of queries that nobody waits for any more.
     QUERY = f"""
-        SET LOCAL statement_timeout = {1000 * QUERY_SECONDS};
+        SET LOCAL statement_timeout = {DATABASE_SECONDS * 1000};
         SELECT user_id, trim_scale(revenue)::text FROM users_revenue WHERE user_id = ANY (%s)"""
 
     def __init__(self):
@@ -602,11 +609,17 @@ class Revenues:
         self._troubles = Troubles()
         self._connection = None
         self._opening = None  # the Connecting for which a round waits, or waited in vain
+        # A deque of the members of this round that have no answer yet, in the order in which they
+        # came: so the first one's deadline is the next one. Who is told its outcome is removed.
+        self._unanswered = None
+        # Made here, because memory may be missing when it is needed.
+        self._no_answer = NoAnswer()
 
     def find_revenue(self, user, answer):
         """Call answer(revenue), exact decimal text or None for a user without any, or
-        answer(NoAnswer), within twice QUERY_SECONDS."""
-        reason = self._rounds.join(user, answer)
+        answer(NoAnswer), within DATABASE_SECONDS."""
+        question = Question(user, time.monotonic() + DATABASE_SECONDS)
+        reason = self._rounds.join(question, answer)
         if reason is None:
             return  # another thread asks, and prints what is to be said
         if reason:
@@ -616,44 +629,51 @@ class Revenues:
 
     def _answer_round(self, members):
         """Answer the members of a round; return why the database did not, or ""."""
-        reason = ""
+        count = len(members)
+        self._unanswered = members
         try:
-            users = list({member.item for member in members})
-            revenues = self._query(users, time.monotonic() + QUERY_SECONDS)
-        except TimeoutError:
-            reason = f"it did not answer within {QUERY_SECONDS} s"
+            revenues = self._query()
         except Exception as error:  # whatever it is: everyone gets an answer
-            reason = sentence(error)
-        if reason:
+            while self._unanswered:
+                self._tell_next(self._no_answer)
             self._disconnect()
-        for member in members:
-            outcome = NoAnswer()
-            if not reason:
-                outcome = revenues.get(member.item)
-            self._rounds.tell(member, outcome)
-        return reason
+            return sentence(error)
+        are_all_in_time = len(self._unanswered) == count
+        while self._unanswered:
+            user = self._unanswered[0].item.user
+            self._tell_next(revenues.get(user))
+        if are_all_in_time:
+            return ""
+        return str(too_late())
 
-    def _query(self, users, deadline):
-        """Return {user: revenue} of those users who have any, or raise the reason why that is not
-        possible; TimeoutError at the deadline. A connection that failed is replaced, once."""
+    def _tell_next(self, outcome):
+        """Give the first member without an answer its outcome."""
+        member = self._unanswered.popleft()
+        self._rounds.tell(member, outcome)
+
+    def _query(self):
+        """Return {user: revenue} of the users for whom somebody waits, or raise the reason why
+        that is not possible. A connection that was lost is replaced, once."""
         replaced = False
         while True:
             if self._connection is None:
-                self._connection = self._open(deadline)
+                self._connection = self._open()
             try:
-                return self._select(users, deadline)
+                return self._select()
+            except psycopg2.errors.QueryCanceled:  # an OperationalError, but nothing was lost
+                raise
             except (psycopg2.OperationalError, psycopg2.InterfaceError):
                 if replaced:
                     raise
             self._disconnect()  # the database was restarted, perhaps
             replaced = True
 
-    def _select(self, users, deadline):
+    def _select(self):
         """Run the query on the connection, with the result and the exceptions of _query."""
-        # psycopg2 calls wait_for instead of waiting in libpq, which knows no deadline. It does so
-        # for every connection of the process.
-        wait = functools.partial(wait_for, deadline=deadline)
-        psycopg2.extensions.set_wait_callback(wait)
+        users = list({member.item.user for member in self._unanswered})
+        # psycopg2 calls it instead of waiting in libpq, which knows no deadline. It does so for
+        # every connection of the process.
+        psycopg2.extensions.set_wait_callback(self._wait_for_database)
         try:
             with self._connection.cursor() as sql:
                 sql.execute(self.QUERY, [users])
@@ -663,28 +683,54 @@ class Revenues:
         finally:
             psycopg2.extensions.set_wait_callback(None)
 
-    def _open(self, deadline):
+    def _wait_for_database(self, connection):
+        """Return when the statement on the connection is done; refuse who cannot wait so long."""
+        self._wait_or_refuse(functools.partial(wait_for, connection))
+
+    def _open(self):
         """Return a new connection, or one that came too late for an earlier round; or raise the
-        reason why there is none, TimeoutError at the deadline."""
+        reason why there is none."""
+        begun = time.monotonic()
+        half = DATABASE_SECONDS / 2
         opening = self._opening
         if opening is None or opening.has_failed():  # it failed when no round waited any more
-            # tcp_user_timeout: so soon, libpq gives up an address that is dead, and tries the next
-            # one, whose connection a later round finds.
-            opening = Connecting(
-                connect_timeout=CONNECT_SECONDS, tcp_user_timeout=int(1000 * QUERY_SECONDS)
-            )
+            # tcp_user_timeout: after that time libpq gives up an address that is dead, and goes on
+            # to the next one.
+            opening = Connecting(connect_timeout=CONNECT_SECONDS, tcp_user_timeout=int(1000 * half))
             self._opening = opening
-        opening.wait(deadline)
-        self._opening = None
+        self._wait_or_refuse(opening.wait)
         connection = opening.result()
+        # A query that is given up costs its connection. If this one were asked when little time is
+        # left, each round could connect anew, and none would ever have an answer.
+        if time.monotonic() > begun + half:
+            raise Failure(f"connecting took longer than {half:g} s")  # the next round finds it
+        self._opening = None
         connection.autocommit = True  # a round is one query, and its transaction ends with it
         return connection
+
+    def _wait_or_refuse(self, wait):
+        """Call wait(deadline) with the next deadline, again and again until it returns in time.
+        Meanwhile refuse the members whose deadline passes. Raise Failure when none is left."""
+        while self._unanswered:
+            try:
+                wait(self._unanswered[0].item.deadline)
+                return
+            except TimeoutError:
+                now = time.monotonic()
+                while self._unanswered and self._unanswered[0].item.deadline <= now:
+                    self._tell_next(self._no_answer)
+        raise too_late()
 
     def _disconnect(self):
         """Close the connection, if there is one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def too_late():
+    """Return the exception for a database that took too long."""
+    return Failure(f"no answer within {DATABASE_SECONDS} seconds")
 
 
 # ---- Requests, as they are read -----------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The server asks the database, which may be slow, silent, or not there."""
 
+import collections
 import contextlib
 import gc
 import os
@@ -31,7 +32,7 @@ from tests.tools_http import read_answer, request, serving
 from tests.tools_parts import warnings_of
 
 USER1 = "/userEvents/user1"
-IMPATIENT = "server.QUERY_SECONDS = 0.5"
+IMPATIENT = "server.DATABASE_SECONDS = 1"
 
 
 def find_revenues(database, users):
@@ -46,6 +47,47 @@ def find_revenues(database, users):
     for thread in threads:
         thread.join(20)
     return answers
+
+
+class Clock:
+    """Time that passes only while somebody waits."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        """Return the time."""
+        return self.now
+
+    def wait_until(self, moment, deadline):
+        """Let time pass until a moment, or until the deadline; then raise TimeoutError."""
+        self.now = max(self.now, min(moment, deadline))
+        if moment > deadline:
+            raise TimeoutError
+
+
+@contextlib.contextmanager
+def distant(connecting, querying):
+    """Return a context in which connecting to the database and a query take so many seconds, of a
+    Clock."""
+    clock = Clock()
+
+    class Connecting(data_processor.Connecting):
+        def __init__(self, **parameters):
+            super().__init__(**parameters)
+            self.made = clock.now + connecting
+
+        def wait(self, deadline):
+            clock.wait_until(self.made, deadline)
+            super().wait(time.monotonic() + 20)
+
+    def wait_for(connection, deadline):
+        clock.wait_until(clock.now + querying, deadline)
+        data_processor.wait_for(connection, time.monotonic() + 20)
+
+    changed = {"time": clock, "Connecting": Connecting, "wait_for": wait_for}
+    with unittest.mock.patch.multiple(server_module, **changed):
+        yield
 
 
 class Asking(SystemTest):
@@ -211,12 +253,12 @@ data_processor.connect = connect
             return real(**parameters)
 
         database = self.database()
-        soon = unittest.mock.patch.object(server_module, "QUERY_SECONDS", 0.2)
+        soon = unittest.mock.patch.object(server_module, "DATABASE_SECONDS", 0.2)
         with unittest.mock.patch.object(data_processor, "connect", connect):
             with soon, warnings_of(data_processor) as said:
                 (answer,) = find_revenues(database, ["user1"])
             self.assertIsInstance(answer, server_module.NoAnswer)
-            self.assertEqual(said, ["The database: it did not answer within 0.2 s."])
+            self.assertEqual(said, ["The database: no answer within 0.2 seconds."])
             over.set()
             wait_until(database._opening.has_failed, "the first attempt has failed")
             self.assertEqual(find_revenues(database, ["user1"]), [None])
@@ -237,28 +279,24 @@ data_processor.connect = connect
                 self.assertEqual(find_revenues(self.database(), ["user1"]), [None])
         self.assertEqual(made, [(False, None)] * 2)
 
-    def test_whoever_comes_when_a_round_has_begun_has_an_answer_in_time(self):
+    def test_whoever_has_waited_for_too_long_is_answered_before_the_others(self):
         database = self.database()
         find_revenues(database, ["user1"])  # connects
-        took = []
-
-        def ask(user):
-            begun = time.monotonic()
-            answers = find_revenues(database, [user])
-            took.append((type(*answers), time.monotonic() - begun))
-
-        threads = [threading.Thread(target=ask, args=[user]) for user in ("user1", "user2")]
+        now = time.monotonic()
+        answers = []
+        early = server_module.Question("user1", now + 0.5)
+        late = server_module.Question("user2", now + 60)
+        members = collections.deque()
+        for question in (early, late):
+            members.append(server_module.Member(question, answers.append))
+        working = threading.Thread(target=database._answer_round, args=[members])
         with locked_users():
-            threads[0].start()
-            wait_until(waiting, "the first one asks")
-            threads[1].start()
-            for thread in threads:
-                thread.join(20)
-        bound = server_module.QUERY_SECONDS
-        for (answer, seconds), expected in zip(took, (bound, 2 * bound), strict=True):
-            self.assertIs(answer, server_module.NoAnswer)
-            self.assertLess(seconds, expected + 1)
-            self.assertGreater(seconds, expected - 0.5)
+            working.start()
+            wait_until(lambda: answers, "the first one has its answer")
+            self.assertIsInstance(answers[0], server_module.NoAnswer)
+            self.assertEqual((len(answers), working.is_alive()), (1, True))
+        working.join(20)
+        self.assertEqual(answers[1:], [None])
 
     def test_the_reason_why_the_database_does_not_answer_is_said_once(self):
         server = Server(self, "--workers", "1", patch=IMPATIENT)
@@ -268,7 +306,7 @@ data_processor.connect = connect
         wait_until(lambda: len(server.said()) == 2, "both are said")
         began, ended = server.said()
         self.assertRegex(
-            began, "The database: (it did not answer within 0.5 s|canceling statement due to .*)"
+            began, "The database: (no answer within 1 seconds|canceling statement due to .*)"
         )
         self.assertEqual(ended, "The database: it answers again.")
 
@@ -344,13 +382,44 @@ data_processor.connect = connect
         answers = []
         answer = Answer()
         kept = weakref.ref(answer)
-        soon = unittest.mock.patch.object(server_module, "QUERY_SECONDS", 0.5)
+        soon = unittest.mock.patch.object(server_module, "DATABASE_SECONDS", 1)
         with locked_users(), contextlib.redirect_stderr(None), soon:
             database.find_revenue("user1", answer)
         self.assertIsInstance(answers.pop(), server_module.NoAnswer)
         del answer
         gc.collect()
         self.assertIsNone(kept())
+
+    def test_a_distant_database_answers(self):
+        cases = {
+            "at once, whoever had to connect": (0.7, 0.5, [True, True, True]),
+            "at once, after more than a second": (0.1, 1.4, [True, True, True]),
+            "on the connection that came too late": (2.5, 0.9, [False, True, True]),
+            "on the connection that left too little time": (1.2, 1.0, [False, True, True]),
+            "never in time": (0.1, 2.1, [False, False, False]),
+        }
+        for case, (connecting, querying, expected) in cases.items():
+            with self.subTest(case), distant(connecting, querying), warnings_of(data_processor):
+                database = self.database()
+                answers = [find_revenues(database, ["user1"]) for _ in expected]
+                self.assertEqual([answer == [None] for answer in answers], expected)
+
+    def test_everyone_is_told_that_memory_is_missing(self):
+        database = self.database()
+        answers = []
+        members = collections.deque()
+        for user in ("user1", "user2"):
+            question = server_module.Question(user, time.monotonic() + 20)
+            members.append(server_module.Member(question, answers.append))
+        missing = unittest.mock.Mock(side_effect=MemoryError)
+        changed = {"wait_for": missing, "sentence": missing, "NoAnswer": missing}
+        with (
+            unittest.mock.patch.multiple(server_module, **changed),
+            contextlib.suppress(MemoryError),
+        ):
+            database._answer_round(members)
+        missing.assert_called()
+        self.assertEqual([type(answer) for answer in answers], [server_module.NoAnswer] * 2)
 
     def test_without_a_thread_for_a_connection_the_database_does_not_answer(self):
         database = self.database()

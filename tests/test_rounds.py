@@ -90,3 +90,19 @@ class Sharing(unittest.TestCase):
             work.finish()
         self.assertEqual(sorted(work.answers), [0, 2])
         warn.assert_called_with("MemoryError")
+
+    def test_a_lack_of_memory_for_a_traceback_costs_nobody_an_answer(self):
+        def fail(_item):
+            raise MemoryError
+
+        work = self.begin()
+        missing = unittest.mock.patch.object(
+            server_module.traceback, "format_exc", side_effect=MemoryError
+        )
+        with missing as format_exc:
+            work.start(1, fail)
+            wait_until(lambda: len(work.rounds_of_work._members) == 1, "it is the first one")
+            work.start(2)
+            work.finish()
+        format_exc.assert_called()
+        self.assertEqual(sorted(work.answers), [0, 2])
