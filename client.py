@@ -99,6 +99,9 @@ MAX_BACKOFF_SECONDS = 5.0
 # Seconds without success are counted in steps of this length. After the first step, we say that we
 # wait. We do the same when stdout does not take the receipt.
 STEP_SECONDS = 1.0
+# Where requests have succeeded, and none has failed since, we say it after so many seconds: a disk
+# of the server that is slow for a moment is no trouble.
+SILENT_SECONDS = 5.0
 # Seconds that a line on stderr, or the help, waits for a reader that is only slow.
 READER_SECONDS = 0.1
 
@@ -1127,8 +1130,9 @@ class Patience:
             if successes > successes_before:
                 silent_seconds = 0.0
             successes_before = successes
-            if failure and silent_seconds and not said:
-                warn(f"Waiting for {self._url}: {failure}.")
+            must_say = silent_seconds >= SILENT_SECONDS or (failure and silent_seconds)
+            if must_say and not said:
+                warn(f"Waiting for {self._url}: {failure or 'no answer yet'}.")
                 said = True
             if silent_seconds > self._give_up_after:
                 raise self._given_up(failure)

@@ -84,6 +84,25 @@ class Requests(ClientTest):
         sizes = [len(body) for _, body in server.posts]
         self.assertGreater(max(sizes), client_module.SMALLEST_BATCH_BYTES)
 
+    def test_a_server_that_falls_silent_is_named_when_it_is_no_short_pause(self):
+        for steps, is_said in ((3, False), (5, True)):
+            patience = client_module.Patience("http://server/", 30)
+            patience.succeeded()
+            future = concurrent.futures.Future()
+            waits = []
+
+            def wait(futures, _seconds, real=concurrent.futures.wait):
+                if len(waits) == steps:
+                    future.set_result("an answer")
+                waits.append(futures)
+                return real(futures, 0)
+
+            waiting = mock.patch.object(client_module.concurrent.futures, "wait", wait)
+            with self.subTest(steps), waiting, captured() as printed:
+                self.assertEqual(patience.wait_for(future), "an answer")
+                said = "Waiting for http://server/: no answer yet.\nhttp://server/ answers.\n"
+                self.assertEqual(printed(), said * is_said)
+
     def test_it_gives_up_so_long_after_the_last_success(self):
         steps = collections.Counter()  # {future: how often it was waited for}
         is_refused = threading.Event()
