@@ -1668,7 +1668,10 @@ def finish(state, source, rejected_path, begun):
             words = f"The rejected lines are in {state.rejected_path};"
             warn(f"{words} mend them, then send that file.")
         else:
-            warn(f"The rejected lines were put into {state.rejected_path} by an earlier run.")
+            # The delivery may have been moved since, without that file.
+            name = os.path.basename(state.rejected_path)
+            words = f"An earlier run has put the rejected lines into {name} (or {name}.unfinished)"
+            warn(f"{words}, in the directory where {source.name} was then.")
     seconds = time.monotonic() - begun
     try:
         print_receipt(f"{progress.words()}, in {seconds:.1f} s")

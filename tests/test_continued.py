@@ -141,7 +141,7 @@ class Continued(ClientTest):
                 before = self.rejected_files()
                 sent, output, errors = self.deliver(0)
                 self.assertEqual((sent, self.rejected_files()), ([], before))
-                self.assertIn(f"were put into {collected} by an earlier run", errors)
+                self.assertIn(f"put the rejected lines into {collected.name} (or ", errors)
                 self.assertIn("1 events accepted, 1 rejected", output)
                 self.assertFalse(self.state.exists())
                 collected.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ class Continued(ClientTest):
         self.assertEqual(len(notes), 4)
         sent, output, errors = self.deliver(0)
         self.assertEqual(sent, [])
-        self.assertIn("by an earlier run", errors)
+        self.assertIn("An earlier run has put", errors)
         self.assertIn("1 events accepted, 1 rejected", output)
 
     def test_a_file_that_is_in_the_way_of_rejected_lines_is_not_overwritten(self):
