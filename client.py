@@ -992,13 +992,15 @@ def find_proxy(url):
     if not proxy or urllib.request.proxy_bypass(target.netloc):
         return None
     usable = ["http"]
-    if ssl:
+    # With a proxy that speaks TLS, urllib would ask for a tunnel, and tell the password, in clear.
+    if ssl and target.scheme == "http":
         usable.append("https")
     kind, separator, _ = proxy.partition("://")
     if separator and kind.lower() not in usable:
         raise Failure(
-            f"The proxy in {target.scheme}_proxy is a {printable(kind)} proxy, which client.py "
-            "cannot use. Name an http:// proxy, or name the server in no_proxy."
+            f"The proxy in {target.scheme}_proxy begins with {printable(kind)}://, which client.py "
+            f"cannot use for {target.scheme}:// URLs. Name an http:// proxy, or name the server in "
+            "no_proxy."
         )
     return proxy
 
@@ -1025,6 +1027,17 @@ def make_opener(url, proxy):
     opener.add_handler(urllib.request.ProxyHandler(proxies))
     opener.add_handler(OpenUrls(tls))
     return opener
+
+
+def certificate_advice():
+    """Return what to do about a certificate that is not trusted."""
+    path = os.environ.get("SSL_CERT_FILE")
+    try:
+        # Python passes over a file that is missing or holds no certificates.
+        ssl.create_default_context(cafile=path)
+    except OSError as error:
+        return f"SSL_CERT_FILE={path} cannot be used: {words_of(error)}. Correct it."
+    return "Correct --url, or name its authority with SSL_CERT_FILE."
 
 
 def words_of(error):
@@ -1329,8 +1342,12 @@ class Sender:
         ValueError and an OSError, too.
         """
         if ssl and isinstance(error, ssl.SSLCertVerificationError):
-            words = f"{self._url}: the server's certificate is not trusted: {error.verify_message}."
-            return Failure(f"{words} Correct --url, or name its authority with SSL_CERT_FILE.")
+            reason = error.verify_message.rstrip(".")
+            words = f"{self._url}: the server's certificate is not trusted: {reason}."
+            return Failure(f"{words} {certificate_advice()}")
+        if ssl and isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+            words = f"{self._url} cannot be asked: what answers there does not speak TLS."
+            return Failure(f"{words} Correct --url: another port, or http:// for https://.")
         if isinstance(error, str):  # a URLError may give its reason in words
             return Failure(f"{self._url} cannot be asked: {error}.")
         if isinstance(error, (ValueError, http.client.InvalidURL)):

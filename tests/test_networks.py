@@ -449,9 +449,9 @@ class Reaching(ClientTest):
                 distant,
                 "",
                 socks,
-                "a socks5 proxy, which client.py cannot use",
+                "begins with socks5://, which client.py cannot use",
             ),
-            "a socks proxy for https": (secure, "", socks, "a socks5h proxy, which"),
+            "a socks proxy for https": (secure, "", socks, "with socks5h://, which"),
             "a file of keys": (secure, "", {"SSLKEYLOGFILE": "/none/keys"}, "used: /none/keys: No"),
             "no memory": (distant, no_memory, {}, "not enough memory"),
         }

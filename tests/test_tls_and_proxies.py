@@ -33,6 +33,21 @@ def pass_on(source, target):
         target.shutdown(socket.SHUT_WR)
 
 
+@contextlib.contextmanager
+def serving(serve):
+    """Let serve(wire) handle each connection to a port, one after the other; yield the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    serve(listener.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)  # which wakes accept()
+
+
 class TlsAndProxies(ClientTest):
     """A proxy is asked with its password, and only a trusted certificate is believed."""
 
@@ -83,15 +98,8 @@ class TlsAndProxies(ClientTest):
                     secret.sendall(OFFER)
 
     def test_events_are_delivered_through_tls_to_a_trusted_server_alone(self):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-
-            def accept():
-                with contextlib.suppress(OSError):
-                    while True:
-                        self.serve_tls(listener.accept()[0])
-
-            threading.Thread(target=accept, daemon=True).start()
-            arguments = ("--url", f"https://localhost:{listener.getsockname()[1]}/liveEvent")
+        with serving(self.serve_tls) as port:
+            arguments = ("--url", f"https://localhost:{port}/liveEvent")
             _, errors = self.client(*arguments, status=1)
             self.assertIn("the server's certificate is not trusted", errors)
             self.assertEqual(self.secret_heads, [])
@@ -99,7 +107,42 @@ class TlsAndProxies(ClientTest):
             self.assertIn("1 events accepted", output)
             methods = [head.split()[0] for head in self.secret_heads]
             self.assertEqual(methods, [b"OPTIONS", b"POST"])
-            listener.shutdown(socket.SHUT_RDWR)  # which wakes accept()
+
+    def test_what_is_wrong_with_a_certificate_is_said(self):
+        missing = self.path("missing.pem")
+        empty = self.path("empty.pem", b"")
+        trusted = self.certificate
+        cases = {
+            "no file": ("localhost", missing, f"={missing} cannot be used: No such file or d"),
+            "no certificates": ("localhost", empty, f"={empty} cannot be used: "),
+            "another name": ("127.0.0.1", trusted, "'127.0.0.1'. Correct --url, or name"),
+        }
+        with serving(self.serve_tls) as port:
+            for case, (host, path, words) in cases.items():
+                arguments = ("--url", f"https://{host}:{port}/")
+                with self.subTest(case):
+                    _, errors = self.client(*arguments, status=1, SSL_CERT_FILE=str(path))
+                    self.assertIn(words, errors)
+                    self.assertIn("certificate is not trusted: ", errors)
+
+    def test_a_server_that_speaks_no_tls_is_named_at_once(self):
+        def refuse(wire):
+            with wire:
+                wire.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        with serving(refuse) as port:
+            url = f"https://localhost:{port}/"
+            _, errors = self.client("--url", url, "--give-up-after", 5, status=1)
+        self.assertIn(f"{url} cannot be asked: what answers there does not speak TLS. Cor", errors)
+
+    def test_a_proxy_that_speaks_tls_is_told_no_password_in_clear(self):
+        with RawServer(self.serve) as proxy:
+            port = proxy.url.removesuffix("/liveEvent").split(":")[2]
+            address = f"https://till:secret@127.0.0.1:{port}"
+            arguments = ("--url", "https://example.invalid/x", "--give-up-after", 0)
+            _, errors = self.client(*arguments, status=1, https_proxy=address)
+        self.assertEqual(self.heads, [])
+        self.assertIn("begins with https://, which client.py cannot use for https:// URLs.", errors)
 
     def test_a_proxy_passes_requests_on(self):
         with RawServer(self.serve) as proxy:
