@@ -1589,7 +1589,7 @@ class Worker:
         False if there is none, or no room for it now: try again later. Raise the reason if this
         worker has no connection, and yet has had no room for ROOM_SECONDS: another worker, or a
         new one in place of this one, may have some."""
-        was_empty = not self.connections
+        count = len(self.connections)
         try:
             self.begin_connection()
         except (OSError, RuntimeError, MemoryError) as error:
@@ -1597,9 +1597,9 @@ class Worker:
                 return False  # another worker was faster, or the peer is gone
             if self.stopping:
                 return False  # stop() ends all connections; the selector is closed already
-            self.make_room()
+            self.make_room(count)
             waited = time.monotonic() - self._crowded_since
-            if was_empty and waited >= ROOM_SECONDS:
+            if not count and waited >= ROOM_SECONDS:
                 raise
             return False
         self._crowded_since = math.inf  # who comes next has not waited for this worker yet
@@ -1634,12 +1634,15 @@ class Worker:
             del self.connections[wire]
             wire.close()
 
-    def make_room(self):
-        """Make room for a connection that waits, if it still does after a pause: have the one
-        leave from which nothing has come for the longest time."""
+    def make_room(self, count):
+        """Make room for a connection that waits, if it still does after a pause, and if none of
+        the count connections has ended: have the one leave from which nothing has come for the
+        longest time."""
         time.sleep(PAUSE_SECONDS)  # one may end, or another worker may take the one that waits
         if self._accepted is None and self._listener not in self.wait(0):
             return
+        if len(self.connections) < count:
+            return  # there is room now
         now = time.monotonic()
         self._crowded_since = min(self._crowded_since, now)
         # Others have a whole request, on which the server works.

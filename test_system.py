@@ -43,6 +43,7 @@ PROMISES = {
     "test_framing": "A request is accepted or refused as the HTTP standard says.",
     "test_answers": "Each request has the answer that its sender needs.",
     "test_limits": "No peer does harm, and none is waited for without end.",
+    "test_room": "Peers who do nothing, or are never done, keep nobody else out.",
     "test_access": "The server is open to those alone whom it is meant for.",
     "test_queries": "A revenue is answered in time, or the sender hears when to ask again.",
     "test_rounds": "Whoever comes while work is under way shares the next round.",
