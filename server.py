@@ -153,7 +153,7 @@ DESCRIPTORS = 8192
 # A worker that died is replaced after that pause.
 RESTART_SECONDS = 0.5
 # When so many workers in a row died so soon after their start, the next ones would, too. (It is
-# longer than ROOM_SECONDS, after which a worker ends that can serve nobody.)
+# longer than ROOM_SECONDS, for which a worker tries to accept its first connection, if one waits.)
 QUICK_DEATH_SECONDS = 2
 QUICK_DEATHS = 5
 # Exit status of a worker whose log can no longer be trusted. The parent then stops the server.
@@ -1565,6 +1565,11 @@ class Worker:
         until a sync of the log fails; then finish what was received. Return the exit status, or
         raise OSError or RuntimeError if there is no descriptor or thread for a connection."""
         threading.Thread(target=self.look_after, daemon=True).start()
+        # Without room for another thread it could serve nobody: it ends now, not with the first
+        # connection, so that the server ends if none of its workers can have one.
+        one_more = threading.Thread(target=time.monotonic)
+        one_more.start()
+        one_more.join()
         with self._selector:
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._selector.register(lifeline, selectors.EVENT_READ)

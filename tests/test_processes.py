@@ -235,7 +235,7 @@ import threading
 start, started = threading.Thread.start, []
 def start_or_fail(self):
     started.append(self)
-    if 1 < len(started) < 7:
+    if 2 < len(started) < 8:
         raise RuntimeError("can't start new thread")
     start(self)
 threading.Thread.start = start_or_fail
@@ -291,6 +291,16 @@ def fail(self):
     raise RuntimeError("can't start new thread")
 threading.Thread.start = fail
 """
+        no_thread_for_connections = """
+import threading
+start, started = threading.Thread.start, []
+def start_or_fail(self):
+    started.append(self)
+    if len(started) > 1:
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = start_or_fail
+"""
         no_processes = """
 import os
 forks = []
@@ -311,6 +321,7 @@ def die(*_):
 server.Worker.run = die
 """
         self.assertEnds(no_threads, "can't start new thread", "in a row")
+        self.assertEnds(no_thread_for_connections, "can't start new thread", "in a row")
         self.assertEnds(killed, "status -9", "in a row")
         self.assertEnds(no_processes, "Resource temporarily unavailable")
 
@@ -320,7 +331,7 @@ import threading
 start, started = threading.Thread.start, []
 def start_or_fail(self):
     started.append(self)
-    if len(started) > 1:
+    if len(started) > 2:
         raise RuntimeError("can't start new thread")
     start(self)
 threading.Thread.start = start_or_fail
