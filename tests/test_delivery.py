@@ -379,6 +379,25 @@ class Delivery(ClientTest):
         self.assertEqual(self.producer_id(), second)
         self.assertEqual(self.path("events.jsonl.old.delivery").read_bytes(), b"")
 
+    def test_a_delivery_that_is_moved_without_its_rejected_lines_says_where_they_are(self):
+        self.path("events.jsonl", EVENT + b"\nbad\n")
+        answer = b'{"accepted": 1, "rejected": [{"line": 2, "error": "bad"}]}'
+        with StoppingServer(self, answer) as server:
+            client = self.start("client.py", "--url", server.url)
+            server.wait_for_a_post()
+            name = f"events.jsonl.rejected-{self.producer_id()}"
+            self.path(name, b"somebody else's")
+            server.go_on()
+            _, errors = client.communicate(timeout=20)
+            self.assertIn(f"{name} is in the way", errors)
+        self.path("moved").mkdir()
+        for moved in ("events.jsonl", "events.jsonl.delivery"):
+            self.path(moved).rename(self.path(f"moved/{moved}"))
+        _, errors = self.client("moved/events.jsonl", status=1)
+        self.assertIn(f"put the rejected lines into {name} (or {name}.unfinished), in the", errors)
+        self.assertIn("directory where moved/events.jsonl was then.", errors)
+        self.assertEqual(self.path(f"{name}.unfinished").read_bytes(), b"bad\n")
+
     def test_a_file_that_is_rewritten_while_it_is_sent_is_said(self):
         lines = EVENT + b"\n" + b"first" + b"\n"
         answer = b'{"accepted": 1, "rejected": [{"line": 2, "error": "wrong"}]}'
