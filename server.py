@@ -608,7 +608,7 @@ class Revenues:
         self._rounds = Rounds(self._answer_round)
         self._troubles = Troubles()
         self._connection = None
-        self._opening = None  # the Connecting for which a round waits, or waited in vain
+        self._opening = None  # the Connecting of the last _open(), until that gave a connection
         # A deque of the members of this round that have no answer yet, in the order in which they
         # came: so the first one's deadline is the next one. Who is told its outcome is removed.
         self._unanswered = None
@@ -693,7 +693,7 @@ class Revenues:
         begun = time.monotonic()
         half = DATABASE_SECONDS / 2
         opening = self._opening
-        if opening is None or opening.has_failed():  # it failed when no round waited any more
+        if opening is None or opening.has_failed():  # in its round, or when none waited any more
             # tcp_user_timeout: after that time libpq gives up an address that is dead, and goes on
             # to the next one.
             opening = Connecting(connect_timeout=CONNECT_SECONDS, tcp_user_timeout=int(1000 * half))
@@ -1083,10 +1083,6 @@ class Connection:
         """Give the right to answer back: the answer was sent, or cannot be sent."""
         self._answering.release()
 
-    def is_answering(self):
-        """Tell whether an answer is owed."""
-        return self._answering.locked()
-
     def leave(self):
         """End the connection politely: what it has received is answered."""
         # First is_leaving is set, then is_slow is read; send_in_thread() does it the other way
@@ -1153,6 +1149,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
               the rest is never taken for a request
     held      how many bytes of the request and its answer are in the worker's account, until
               handle_one_request() returns
+    answered  whether the request has its answer, which may still be on its way to the peer
     """
 
     protocol_version = "HTTP/1.1"
@@ -1167,6 +1164,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command = None
         self.unread = False
         self.held = 0
+        self.answered = False
 
     def handle(self):
         """Answer one request after the other, while the connection is kept."""
@@ -1192,6 +1190,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self):
         """Read one request, and answer it or have it answered."""
         self.state.deadline = time.monotonic() + REQUEST_SECONDS
+        self.answered = False
         try:
             if self.parse_request():
                 method = self.find_method()
@@ -1202,13 +1201,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(not_whole())
         except MemoryError:
             self.server.is_short_of_memory = True
-            # Else this thread worked for the round, and the answer is sent. (The answer is never
-            # another thread's here: see Rounds.join.)
-            if self.state.is_answering():
+            # Else this thread worked for a round, its answer among them, and printing failed.
+            # (After another thread took the answer over, nothing here can fail: see Rounds.join.)
+            if not self.answered:
                 self.refuse(Refusal(503, "the server has not enough memory for this request"))
         except Exception:
             report_bug()
-            if self.state.is_answering():
+            if not self.answered:
                 self.send_error(500)
         finally:
             # If its lines are still to be written, they and its answer count to GROUP_BYTES now.
@@ -1430,10 +1429,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         try:
             unsent = self.send_at_once(self.render(status, body, headers or {}))
+            self.answered = True
             if unsent:
                 self.send_in_thread(unsent)
                 return  # that thread ends the answering
         except (OSError, RuntimeError, MemoryError):  # the peer is gone, or there is no room
+            self.answered = True
             self.state.shut(socket.SHUT_RDWR)
         self.state.end_answering()
 
@@ -1557,7 +1558,8 @@ class Worker:
         # A socket and its address for which there was no thread; the next accept() takes it up.
         self._accepted = None
         self._most_connections = most_connections()
-        # Since when somebody has waited for room; math.inf if nobody does.
+        # Since when somebody has waited for room; math.inf if nobody does. make_room() sets it;
+        # accept() with a connection, and run() when nobody waits, set it back.
         self._crowded_since = math.inf
 
     def run(self, lifeline):

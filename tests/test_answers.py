@@ -242,6 +242,35 @@ class Answering(RequestTest):
             ],
         )
 
+    def test_what_fails_after_an_answer_gives_no_second_one(self):
+        handler = server_module.Handler
+        send_rest = handler.send_rest
+        render = unittest.mock.Mock(side_effect=handler.render)
+        is_over = threading.Event()
+
+        def answer_and_fail(_lines, _deadline, answer, _size):
+            answer(None)
+            raise MemoryError
+
+        def wait_and_send(self, unsent):
+            is_over.wait(20)
+            send_rest(self, unsent)
+
+        log = unittest.mock.Mock(failure="", append=answer_and_fail)
+        with (
+            unittest.mock.patch.object(handler, "send_at_once", lambda self, data: data),
+            unittest.mock.patch.object(handler, "send_rest", wait_and_send),
+            unittest.mock.patch.object(handler, "render", lambda *given: render(*given)),
+            serving(log, DRAIN_SECONDS=2) as worker,
+            socket.create_connection(worker.address, timeout=20) as wire,
+        ):
+            # handle_one_request() does this last.
+            worker.bodies.give_back = lambda size: is_over.set()
+            wire.sendall(post(body=EVENT))
+            self.assertEqual(read_answer(wire)[0], 200)
+            self.assertTrue(is_over.is_set())
+            self.assertEqual(render.call_count, 1)
+
     def test_a_bug_is_answered_with_500(self):
         with serving(
             unittest.mock.Mock(failure=""), DRAIN_SECONDS=2
