@@ -148,9 +148,9 @@ class Failure(Exception):
 
 # client.py must run without the other scripts. So these are copies of functions of
 # data_processor.py, under the same names and with the same contracts: write,
-# write_without_waiting, printable, is_terminal, write_line, show_progress, open_regular and
-# leads_to. (write_all is one of server.py's, PRODUCER_ID one of data_processor.py's.) Whoever
-# changes one changes both.
+# write_without_waiting, printable, is_terminal, write_line, show_progress, open_regular, leads_to
+# and, far below, Parser. (write_all is one of server.py's, PRODUCER_ID one of data_processor.py's.)
+# Whoever changes one changes both.
 
 
 def write(stream, text, patience=0.0):
@@ -1184,7 +1184,7 @@ class Sender:
         # Patience ends the run when no request has succeeded for give_up_after. So an answer times
         # out, and its request is sent again, only while other requests succeed.
         self._answer_seconds = min(max(give_up_after, STALL_SECONDS), LONGEST_WAIT_SECONDS)
-        # A client with less patience than that gives up before an answer times out.
+        # With less patience than STALL_SECONDS, the run ends before an answer times out.
         seconds = min(max(give_up_after, STEP_SECONDS), self._answer_seconds)
         self._fast_seconds = FAST_SHARE * seconds
         self._proxy = find_proxy(url)

@@ -398,9 +398,9 @@ BEGIN
         database text;
         stamps text[];  -- of all three
         new_stamp text;
-        can_wait boolean;  -- the stamping: the stamps are right but for the shape or a file
+        can_stamp_later boolean;  -- the stamps are right but for the shape or a file
         shape_or_file constant text := '"(shape|file)": [^,}]*';
-        is_locked boolean := false;  -- against others who stamp
+        is_locked boolean := false;  -- against others who stamp, if this role may lock
         old_stamp jsonb;
         have_one_origin boolean;
         -- event_producers and event_logs are: what was counted is known, whatever became of users.
@@ -452,10 +452,10 @@ BEGIN
             -- look again. (CREATE INDEX CONCURRENTLY holds it, too, while it waits for this
             -- transaction to end. So if only the shape or a file differs from the stamps, the lock
             -- is not waited for, and the stamp is left to a later run.)
-            can_wait := regexp_replace(new_stamp, shape_or_file, '', 'g') = ALL (
+            can_stamp_later := regexp_replace(new_stamp, shape_or_file, '', 'g') = ALL (
                 SELECT regexp_replace(stamp, shape_or_file, '', 'g') FROM unnest(stamps) AS stamp);
             BEGIN
-                IF can_wait THEN
+                IF can_stamp_later THEN
                     LOCK TABLE ONLY users_revenue, ONLY event_producers, ONLY event_logs
                         IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
                 ELSE
@@ -466,7 +466,7 @@ BEGIN
                 -- An owner without the right to UPDATE may COMMENT, but not LOCK.
                 WHEN insufficient_privilege THEN NULL;
                 WHEN lock_not_available THEN
-                    IF can_wait THEN
+                    IF can_stamp_later THEN
                         EXIT;
                     END IF;
                     RAISE;

@@ -579,7 +579,7 @@ def decode_log_line(line):
     """Return a line of a log as a LogLine, or raise ValueError if it is no event."""
     event = decode_event(line)
     amount = str(amount_of(event)).encode()
-    # A plain user id is written as it is.
+    # A plain user id gets the bytes that it has in a line which LOG_LINE takes.
     user = json.dumps(event["userId"], ensure_ascii=False)[1:-1].encode()
     producer = event.get("producerId")
     sequence = event.get("sequence")
