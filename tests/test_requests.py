@@ -365,6 +365,22 @@ class Requests(ClientTest):
             }
         )
 
+    def test_fast_answers_alone_let_batches_grow(self):
+        def accept(_number, body):
+            lengths.append(len(body))
+            return 200, {}, b'{"accepted": %d, "rejected": []}' % body.count(b"\n")
+
+        self.path("events.jsonl", (EVENT + b"\n") * 3000)
+        first = client_module.SMALLEST_BATCH_BYTES
+        for share, grow in ((0, False), (1, True)):
+            lengths = []
+            with self.subTest(share), Recorder(options=[BATCHES], post=accept) as server:
+                arguments = ("--url", server.url)
+                run = self.run_client(*arguments, patch=f"client.FAST_SHARE = {share}")
+                self.assertEqual(run[0], 0, run[2])
+                self.assertLessEqual(lengths[0], first)
+                self.assertEqual(max(lengths) > first, grow, lengths)
+
     def test_a_redirect_or_a_refused_batch_is_no_delivery(self):
         elsewhere = {"Location": "/elsewhere"}
         for status, headers, advice in (
