@@ -10,6 +10,7 @@ from tests.tools import HERE, SystemTest, next_line, wait_until
 from tests.tools_database import (  # noqa: F401
     database_url,
     empty_tables,
+    give_tables_to_owner,
     query,
     setUpModule,
     waiting,
@@ -226,16 +227,10 @@ class Belonging(SystemTest):
         self.assertRevenue({"user1": 1})
 
     def test_an_owner_without_the_right_to_write_stamps_the_tables(self):
-        query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
-        self.addCleanup(
-            query,
-            "RESET ROLE; REASSIGN OWNED BY events_test_owner TO CURRENT_USER;"
-            "DROP OWNED BY events_test_owner; DROP ROLE events_test_owner",
-        )
+        give_tables_to_owner(self)
         for table in ALL_TABLES.split(", "):
             query(
                 f"COMMENT ON TABLE {table} IS NULL;"
-                f"ALTER TABLE {table} OWNER TO events_test_owner;"
                 f"REVOKE ALL ON {table} FROM events_test_owner;"
                 f"GRANT SELECT ON {table} TO events_test_owner"
             )

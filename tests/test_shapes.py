@@ -4,7 +4,13 @@ import os
 from decimal import Decimal
 
 from tests.tools import SystemTest, next_line, wait_until
-from tests.tools_database import database_url, open_transaction, query, setUpModule  # noqa: F401
+from tests.tools_database import (  # noqa: F401
+    database_url,
+    give_tables_to_owner,
+    open_transaction,
+    query,
+    setUpModule,
+)
 from tests.tools_events import with_id
 
 # A users_revenue with a partition, which takes every user.
@@ -309,17 +315,8 @@ class Shape(SystemTest):
         self.assertRevenue({"user1": 1})
 
     def test_an_owner_whom_row_level_security_binds_is_told_to_lift_it(self):
-        query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
-        self.addCleanup(
-            query,
-            "REASSIGN OWNED BY events_test_owner TO CURRENT_USER;"
-            "DROP OWNED BY events_test_owner; DROP ROLE events_test_owner",
-        )
-        for table in ("users_revenue", "event_producers", "event_logs"):
-            query(f"ALTER TABLE {table} OWNER TO events_test_owner")
-        query(
-            "ALTER TABLE event_logs ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
-        )
+        give_tables_to_owner(self)
+        query("ALTER TABLE event_logs ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
         log = self.path("log", with_id("p", 1))
         owner = {"PGOPTIONS": "-c role=events_test_owner"}
         _, errors = self.processor(log, status=1, **owner)
@@ -329,17 +326,9 @@ class Shape(SystemTest):
         self.assertRevenue({"user1": 1})
 
     def test_the_owner_of_tables_with_row_level_security_sees_every_row(self):
-        query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
-        self.addCleanup(
-            query,
-            "REASSIGN OWNED BY events_test_owner TO CURRENT_USER;"
-            "DROP OWNED BY events_test_owner; DROP ROLE events_test_owner",
-        )
+        give_tables_to_owner(self)
         for table in ("users_revenue", "event_producers", "event_logs"):
-            query(
-                f"ALTER TABLE {table} OWNER TO events_test_owner;"
-                f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY"
-            )
+            query(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
         owner = {"PGOPTIONS": "-c role=events_test_owner"}
         self.processor(self.path("log", with_id("p", 1)), **owner)
         self.assertRevenue({"user1": 1})

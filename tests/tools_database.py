@@ -163,6 +163,18 @@ def drop_tables():
     query("DROP TABLE IF EXISTS users_revenue, event_producers, event_logs; DISCARD TEMP")
 
 
+def give_tables_to_owner(test):
+    """Make the role events_test_owner own the tables as long as the test runs."""
+    query("DROP ROLE IF EXISTS events_test_owner; CREATE ROLE events_test_owner")
+    test.addCleanup(
+        query,
+        "RESET ROLE; REASSIGN OWNED BY events_test_owner TO CURRENT_USER;"
+        "DROP OWNED BY events_test_owner; DROP ROLE events_test_owner",
+    )
+    for table in ("users_revenue", "event_producers", "event_logs"):
+        query(f"ALTER TABLE {table} OWNER TO events_test_owner")
+
+
 def waiting():
     """Return the process ids of the database's sessions that wait for a lock.
 
